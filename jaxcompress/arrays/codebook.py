@@ -1,0 +1,88 @@
+"""Weight sharing: small indices into a table of shared values."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays.base import CompressedArray, cast, materialize, register_array
+from jaxcompress.arrays.grid import GridArray
+
+
+@register_array(
+    "codebook",
+    children=("indices", "centroids"),
+    static=("axis",),
+    trainable=("centroids",),
+    inner=("centroids",),
+)
+class CodebookArray(GridArray):
+    """`w = centroids[indices]`: every weight is one of k shared values.
+
+    Stacked weights have a codebook each: the leading axes of `centroids` are those of `indices`.
+    The centroids are trainable; their gradient is the sum over the weights that share them.
+
+    Attributes:
+      indices: unsigned integers in the shape of the weights, a `PackedArray` below 8 bits.
+      centroids: the table, `[..., k]`, in the dtype of the weights.
+      axis: the axis along which the indices are packed, negative.
+
+    References:
+      Han, Mao and Dally, *Deep Compression*, 2016.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> indices = jc.PackedArray.pack(jnp.array([[0, 1, 1, 3]]), 2)
+      >>> jc.CodebookArray(indices, jnp.array([-1.0, 0.0, 0.5, 2.0]), -1).materialize().tolist()
+      [[-1.0, 0.0, 0.0, 2.0]]
+    """
+
+    indices: Any
+    centroids: Any
+    axis: int
+
+    grids: ClassVar[tuple[str, ...]] = ("indices",)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.indices.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.centroids.dtype)
+
+    @property
+    def batch_ndim(self) -> int:
+        return len(self.centroids.shape) - 1
+
+    def materialize(self, key: jax.Array | None = None) -> jax.Array:
+        def look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
+            return table.at[indices].get(mode="promise_in_bounds")
+
+        for _ in range(self.batch_ndim):
+            look_up = jax.vmap(look_up)
+        return look_up(materialize(self.centroids), materialize(self.indices))
+
+    def astype(self, dtype: Any) -> CompressedArray | None:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return None
+        return self.replace(centroids=cast(self.centroids, dtype))
+
+    def cuts(self, axes: Any) -> bool:
+        # The leading axes choose the codebook, and rows of it must stay together with it.
+        return super().cuts(axes) and all(a >= self.batch_ndim for a in axes)
+
+    def transposed(self, permutation: Any) -> Any:
+        batch = self.batch_ndim
+        if tuple(permutation[:batch]) != tuple(range(batch)):
+            return NotImplemented
+        return super().transposed(permutation)
+
+    def reindexed(self, sources: Any) -> Any:
+        return NotImplemented if self.batch_ndim else super().reindexed(sources)
+
+    def describe(self) -> str:
+        return f"codebook {self.centroids.shape[-1]}"

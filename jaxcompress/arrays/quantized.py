@@ -1,0 +1,156 @@
+"""Affine quantized arrays: packed codes and scales."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from jaxcompress.arrays.base import (
+    CompressedArray,
+    materialize,
+    narrows,
+    register_array,
+)
+from jaxcompress.arrays.grid import GridArray
+from jaxcompress.arrays.packed import PackedArray, block_for
+from jaxcompress.quantization import affine
+
+
+@register_array(
+    "quantized",
+    children=("codes", "scale", "zero_point"),
+    static=("axis", "group_size", "format", "float_dtype"),
+)
+class QuantizedArray(GridArray):
+    """`w = scale * (codes - zero_point)`, computed in float32 and rounded once to the dtype.
+
+    Codes lie where the weights lie, packed along `axis` when they have fewer than 8 bits. The
+    scale has the weights' number of axes: size one along the axes that share a scale, and one
+    entry per group of `group_size` along `axis`; the last group may be shorter.
+
+    Attributes:
+      codes: an int8 or uint8 array, or a `PackedArray`.
+      scale: floating, broadcastable to the codes after groups are repeated.
+      zero_point: integer codes of the value zero in the shape of `scale`, or None.
+      axis: the packed and grouped axis, negative.
+      group_size: values per group, or None when the axis shares one scale.
+      format: `int2` .. `int8`, `uint2` .. `uint8`.
+      float_dtype: the dtype of the dense array.
+
+    References:
+      Jacob et al., *Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference*, 2018.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> w = jc.QuantizedArray.quantize(jnp.array([[-7.0, 3.0], [1.0, 6.0]]), "int4")
+      >>> w
+      QuantizedArray(float32[2, 2], int4)
+      >>> w.materialize().round(2).tolist()
+      [[-7.0, 2.5799999237060547], [1.0, 6.019999980926514]]
+    """
+
+    codes: Any
+    scale: Any
+    zero_point: Any
+    axis: int
+    group_size: int | None
+    format: str
+    float_dtype: np.dtype
+
+    grids: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero_point")
+
+    @classmethod
+    def quantize(
+        cls,
+        w: jax.Array,
+        format: str,
+        *,
+        axes: tuple[int, ...] = (-2,),
+        group_size: int | None = None,
+        symmetric: bool = True,
+        scale_dtype: Any = "bfloat16",
+        convention: str = "absmax",
+    ) -> QuantizedArray:
+        """Rounds an array to the nearest codes; see `jaxcompress.Quantize` for the arguments."""
+        fmt = affine.int_format(format)
+        length = w.shape[axes[-1]]
+        group_size = None if group_size is None else max(1, min(group_size, length))
+        scale, zero_point = affine.affine_params(
+            w,
+            fmt,
+            axes=axes,
+            group_size=group_size,
+            symmetric=symmetric,
+            scale_dtype=scale_dtype,
+            convention=convention,
+        )
+        codes = affine.quantize(
+            w,
+            scale,
+            zero_point,
+            fmt,
+            axes=axes,
+            group_size=group_size,
+            narrow=symmetric and convention == "absmax",
+        )
+        return cls.from_codes(codes, scale, zero_point, format, axes[-1], group_size, w.dtype)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: jax.Array,
+        scale: jax.Array,
+        zero_point: jax.Array | None,
+        format: str,
+        axis: int,
+        group_size: int | None,
+        dtype: Any,
+    ) -> QuantizedArray:
+        """Packs integer codes that were found elsewhere."""
+        fmt = affine.int_format(format)
+        packed: Any = codes
+        if fmt.bits < 8:
+            block = block_for(codes.shape[axis], fmt.bits, axis, group_size)
+            packed = PackedArray.pack(codes, fmt.bits, axis=axis, signed=fmt.signed, block=block)
+            if zero_point is not None:
+                zero_point = PackedArray.pack(zero_point, fmt.bits, axis=axis, signed=fmt.signed)
+        return cls(packed, scale, zero_point, axis, group_size, format, np.dtype(dtype))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.float_dtype
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        return affine.int_format(self.format).bits
+
+    def materialize(self, key: jax.Array | None = None) -> jax.Array:
+        return affine.dequantize(
+            materialize(self.codes),
+            materialize(self.scale),
+            materialize(self.zero_point),
+            axis=self.axis,
+            group_size=self.group_size,
+            dtype=self.float_dtype,
+        )
+
+    def astype(self, dtype: Any) -> CompressedArray | None:
+        return self.replace(float_dtype=np.dtype(dtype)) if narrows(self.dtype, dtype) else None
+
+    def describe(self) -> str:
+        group = "" if self.group_size is None else f"/{self.group_size}"
+        return f"{self.format}{group}{'' if self.zero_point is None else ' affine'}"
+
+
+def bits_per_weight(leaf: CompressedArray) -> float:
+    """What a leaf takes per dense value, in bits, everything counted."""
+    return 8 * leaf.nbytes / math.prod(leaf.shape) if leaf.size else 0.0

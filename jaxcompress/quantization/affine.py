@@ -1,0 +1,264 @@
+"""Integer quantization on plain arrays: `w ~ (code - zero_point) * scale`.
+
+Pure functions. A scale has as many axes as its weight; a reduced axis has length 1 and a grouped
+axis has one entry a group. Everything is computed in float32 whatever the weight's dtype.
+
+The scale is rounded to its storage dtype before the codes are computed, so the codes are the
+nearest ones for what is stored. Zero is always exact: every range includes it, and a zero point is
+an integer.
+
+Sources: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference" (2018); Nagel et al., "A White Paper on Neural Network
+Quantization" (2021).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.errors import SpecError
+
+CONVENTIONS = ("absmax", "full", "no_clip")
+
+
+class IntFormat(NamedTuple):
+    """An integer format of `bits` bits.
+
+    Example:
+      >>> IntFormat(4, True).qmin, IntFormat(4, True).qmax, str(IntFormat(8, False))
+      (-8, 7, 'uint8')
+    """
+
+    bits: int
+    signed: bool
+
+    @property
+    def qmin(self) -> int:
+        """The least code."""
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """The greatest code."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype that holds unpacked codes: int8 or uint8."""
+        return np.dtype(np.int8 if self.signed else np.uint8)
+
+    def __str__(self) -> str:
+        return f"{'' if self.signed else 'u'}int{self.bits}"
+
+
+def int_format(name: str | IntFormat) -> IntFormat:
+    """The format of a name: `int2` to `int8`, `uint2` to `uint8`.
+
+    Raises:
+      SpecError: for any other name.
+
+    Example:
+      >>> int_format("int4")
+      IntFormat(bits=4, signed=True)
+    """
+    if isinstance(name, IntFormat):
+        return name
+    match = re.fullmatch(r"(u?)int([2-8])", name)
+    if match is None:
+        raise SpecError(f"unknown format {name!r}: write int2 to int8 or uint2 to uint8")
+    return IntFormat(int(match[2]), not match[1])
+
+
+def affine_params(
+    w: jax.Array,
+    format: str | IntFormat,
+    *,
+    axes: int | Sequence[int],
+    group_size: int | None = None,
+    symmetric: bool = True,
+    scale_dtype: Any = jnp.bfloat16,
+    convention: str = "absmax",
+) -> tuple[jax.Array, jax.Array | None]:
+    """The scale and zero point of each channel or group.
+
+    With `a = max|w|`, `lo = min(w, 0)`, `hi = max(w, 0)` over what shares a scale, and b bits:
+
+    - symmetric `absmax`: `s = a / (2**(b-1) - 1)`, codes within `+-(2**(b-1) - 1)`;
+    - symmetric `full`: `s = a / ((2**b - 1) / 2)`, all codes (compressed-tensors, torchao);
+    - symmetric `no_clip`: `s = max(-lo / 2**(b-1), hi / (2**(b-1) - 1))`, all codes, no clipping;
+    - affine: `s = (hi - lo) / (2**b - 1)`, `z = round(clip(qmin - lo / s, qmin, qmax))`.
+
+    Args:
+      w: the weight; float32, bfloat16 or float16 of any shape.
+      format: such as `"int4"`.
+      axes: the reduced (input) axes, negative.
+      group_size: None for one scale over all of `axes`; else groups of that many values along
+        `axes[-1]`, while the other `axes` keep their own scales. The last group may be shorter,
+        and a size beyond the axis means one group.
+      symmetric: whether codes are centred on zero, without a zero point.
+      scale_dtype: what the scale is rounded to. It is kept within the normal numbers of that
+        dtype: a scale of zero or infinity would turn weights into NaN, and subnormal numbers
+        read as zero on hardware that flushes them.
+      convention: of the symmetric scale, see above; ignored when affine.
+
+    Returns:
+      `(scale, zero_point)`: in `scale_dtype`, and None or codes (int8 or uint8). The scale of a
+      group of zeros is 1.
+
+    Raises:
+      SpecError: for an unknown format or convention, a symmetric unsigned format, or bad axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scale, _ = affine_params(jnp.array([[7.0], [-3.5]]), "int4", axes=-2)
+      >>> float(scale[0, 0])
+      1.0
+    """
+    fmt = int_format(format)
+    if convention not in CONVENTIONS:
+        raise SpecError(f"unknown convention {convention!r}: write one of {CONVENTIONS}")
+    if symmetric and not fmt.signed:
+        raise SpecError(f"{fmt} cannot be symmetric: write int{fmt.bits} or symmetric=False")
+    axes = _axes(axes, w.ndim)
+    x = w
+    if group_size is not None:
+        axis = axes[-1]
+        g = _group(group_size, w.shape[axis])
+        widths = [(0, 0)] * w.ndim
+        widths[axis] = (0, -w.shape[axis] % g)
+        x = jnp.pad(x, widths)
+        i = w.ndim + axis
+        x = x.reshape(*x.shape[:i], x.shape[i] // g, g, *x.shape[i + 1 :])
+        lo, hi = _range(x, (i + 1,), symmetric and convention != "no_clip")
+        lo, hi = (None if v is None else v.squeeze(i + 1) for v in (lo, hi))
+    else:
+        lo, hi = _range(x, axes, symmetric and convention != "no_clip")
+    levels = 2**fmt.bits - 1
+    if not symmetric:
+        scale = _store((hi - lo) / levels, hi - lo, scale_dtype)
+        zero = fmt.qmin - lo / scale.astype(jnp.float32)
+        zero = jnp.round(jnp.clip(zero, fmt.qmin, fmt.qmax)).astype(fmt.dtype)
+        return scale, zero
+    if convention == "no_clip":
+        scale = jnp.maximum(-lo / -fmt.qmin, hi / fmt.qmax)
+        return _store(scale, hi - lo, scale_dtype), None
+    return _store(hi / (levels / 2 if convention == "full" else fmt.qmax), hi, scale_dtype), None
+
+
+def quantize(
+    w: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    format: str | IntFormat,
+    *,
+    axes: int | Sequence[int],
+    group_size: int | None = None,
+) -> jax.Array:
+    """The codes `clip(round(w / scale) + zero_point, qmin, qmax)`, halves rounded to even.
+
+    Args:
+      w: the weight.
+      scale: of `affine_params`, or any of that shape.
+      zero_point: of `affine_params`, or None.
+      format: such as `"int4"`.
+      axes: as in `affine_params`; only `axes[-1]` matters, and only with groups.
+      group_size: as in `affine_params`.
+
+    Returns:
+      The codes, int8 or uint8, in the shape of `w`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> w = jnp.array([[7.0], [-3.4]])
+      >>> quantize(w, jnp.ones((1, 1)), None, "int4", axes=-2).tolist()
+      [[7], [-3]]
+    """
+    fmt = int_format(format)
+    s = _spread(scale.astype(jnp.float32), w.shape, axes, group_size)
+    q = jnp.round(w.astype(jnp.float32) / s)
+    if zero_point is not None:
+        q = q + _spread(zero_point.astype(jnp.float32), w.shape, axes, group_size)
+    return jnp.clip(q, fmt.qmin, fmt.qmax).astype(fmt.dtype)
+
+
+def dequantize(
+    codes: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None = None,
+    *,
+    axes: int | Sequence[int] = -1,
+    group_size: int | None = None,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """The values `(codes - zero_point) * scale`, in float32 and then cast to `dtype`.
+
+    This is the one lowering: whatever must agree with a stored weight bit for bit calls it.
+
+    Args:
+      codes: of `quantize`, any dtype (floating codes of a fake quantization included).
+      scale: of `affine_params`.
+      zero_point: of `affine_params`, or None.
+      axes: as in `quantize`.
+      group_size: as in `quantize`.
+      dtype: of the result.
+
+    Returns:
+      An array in the shape of `codes`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> dequantize(jnp.array([3, -1]), jnp.array([0.5])).tolist()
+      [1.5, -0.5]
+    """
+    x = codes.astype(jnp.float32)
+    if zero_point is not None:
+        x = x - _spread(zero_point.astype(jnp.float32), codes.shape, axes, group_size)
+    return (x * _spread(scale.astype(jnp.float32), codes.shape, axes, group_size)).astype(dtype)
+
+
+def _axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if not axes or any(not -ndim <= a < 0 for a in axes) or len(set(axes)) < len(axes):
+        raise SpecError(f"axes must be distinct and in [-{ndim}, 0), not {axes}")
+    return axes
+
+
+def _group(group_size: int, n: int) -> int:
+    if group_size <= 0:
+        raise SpecError(f"a group has at least 1 value, not {group_size}")
+    return max(1, min(group_size, n))
+
+
+def _range(x: jax.Array, axes: Any, absolute: bool) -> tuple[jax.Array | None, jax.Array]:
+    """Least and greatest value with zero, or (None, greatest magnitude), in float32."""
+    low = lambda x: jnp.min(x, axis=axes, keepdims=True, initial=0).astype(jnp.float32)
+    high = lambda x: jnp.max(x, axis=axes, keepdims=True, initial=0).astype(jnp.float32)
+    return (None, high(jnp.abs(x))) if absolute else (low(x), high(x))
+
+
+def _store(scale: jax.Array, extent: jax.Array, dtype: Any) -> jax.Array:
+    info = jnp.finfo(dtype)
+    scale = jnp.clip(scale, float(info.smallest_normal), float(info.max))
+    return jnp.where(extent == 0, 1.0, scale).astype(dtype)
+
+
+def _spread(
+    x: jax.Array, shape: Sequence[int], axes: int | Sequence[int], group_size: int | None
+) -> jax.Array:
+    """`x` with one entry a group repeated along the grouped axis, ready to broadcast."""
+    if group_size is None:
+        return x
+    axis = _axes(axes, len(shape))[-1]
+    n = shape[axis]
+    g = _group(group_size, n)
+    i = x.ndim + axis
+    wide = jnp.broadcast_to(
+        jnp.expand_dims(x, i + 1), (*x.shape[: i + 1], g, *x.shape[i + 1 :])
+    ).reshape(*x.shape[:i], x.shape[i] * g, *x.shape[i + 1 :])
+    return jax.lax.slice_in_dim(wide, 0, n, axis=i)
