@@ -14,10 +14,14 @@ Codes are unsigned; a signed code is stored with `2**(bits-1)` added.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.errors import SpecError
 
@@ -131,13 +135,21 @@ def _check_block(block: int | None, p: int) -> int:
     return block
 
 
-def _by_blocks(x, fn, bits, axis, block, rows, out_rows):
+def _by_blocks(
+    x: jax.Array,
+    fn: Callable[[jax.Array, int, int], jax.Array],
+    bits: int,
+    axis: int,
+    block: int,
+    rows: int,
+    out_rows: int,
+) -> jax.Array:
     """Applies `fn` to whole blocks viewed as `[..., blocks, rows, block/rows, *rest]`."""
     n = x.shape[axis]
     axis = x.ndim + axis
     lead, rest = x.shape[:axis], x.shape[axis + 1 :]
 
-    def run(part, size):
+    def run(part: jax.Array, size: int) -> jax.Array:
         count = part.shape[axis] // size
         part = part.reshape(*lead, count, rows, size // rows, *rest)
         out = fn(part, bits, axis + 1)
@@ -152,29 +164,65 @@ def _by_blocks(x, fn, bits, axis, block, rows, out_rows):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
-def _pack(codes, bits, axis):
+def _pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
+    """`[..., p, J, *rest]` codes to `[..., q, J, *rest]` bytes, `p` at `axis`."""
     p, q = period(bits)
-    take = lambda k: jax.lax.slice_in_dim(codes, k, k + 1, axis=axis)
+    if bits in (5, 7):
+        return _pack_long(codes, bits, axis)
+    dtype = jnp.uint8 if q == 1 else jnp.uint32  # three bytes at most
+    shifted = codes.astype(dtype) << _steps(codes.ndim, axis, p, bits, dtype)
+    if axis == codes.ndim - 2:
+        # The last axis was cut. As a reduction this stays out of the loop that computes the codes,
+        # which would otherwise run over the cut axis, value by value.
+        word = jax.lax.reduce(shifted, np.zeros((), dtype), jax.lax.bitwise_or, (axis,))
+        word = jnp.expand_dims(word, axis)
+    else:
+        word = functools.reduce(jnp.bitwise_or, _split(shifted, axis))
+    if q == 1:
+        return word
+    return (word >> _steps(codes.ndim, axis, q, 8, dtype)).astype(jnp.uint8)
+
+
+def _pack_long(codes: jax.Array, bits: int, axis: int) -> jax.Array:
+    """`_pack` where a word has more than 32 bits, byte by byte."""
+    p, q = period(bits)
+    parts = _split(codes, axis)
     out = []
     for r in range(q):
-        byte = None
-        for k in range(p):
-            shift = bits * k - 8 * r
-            if -bits < shift < 8:
-                part = take(k) << shift if shift >= 0 else take(k) >> -shift
-                byte = part if byte is None else byte | part
-        out.append(byte)
+        shifts = {k: bits * k - 8 * r for k in range(p) if -bits < bits * k - 8 * r < 8}
+        fields = [parts[k] << s if s >= 0 else parts[k] >> -s for k, s in shifts.items()]
+        out.append(functools.reduce(jnp.bitwise_or, fields))
     return jnp.concatenate(out, axis)
 
 
-def _unpack(words, bits, axis):
+def _unpack(words: jax.Array, bits: int, axis: int) -> jax.Array:
+    """`[..., q, J, *rest]` bytes to `[..., p, J, *rest]` codes, `q` at `axis`.
+
+    Without a concatenation: a shift of a broadcast word is fused with what follows, and turned
+    into vector code.
+    """
     p, q = period(bits)
-    take = lambda r: jax.lax.slice_in_dim(words, r, r + 1, axis=axis)
-    out = []
-    for k in range(p):
-        r, shift = divmod(bits * k, 8)
-        value = take(r) >> shift
-        if shift + bits > 8:
-            value = value | take(r + 1) << (8 - shift)
-        out.append(value & (2**bits - 1))
-    return jnp.concatenate(out, axis)
+    if q == 1:
+        return (words >> _steps(words.ndim, axis, p, bits, jnp.uint8)) & np.uint8(2**bits - 1)
+    wide = [x.astype(jnp.uint32) for x in _split(words, axis)]
+    join = lambda parts: functools.reduce(
+        jnp.bitwise_or, [x << np.uint32(8 * i) for i, x in enumerate(parts)]
+    )
+    position = _steps(words.ndim, axis, p, bits, jnp.uint32)
+    if q <= 4:
+        codes = join(wide) >> position
+    else:  # the first four bytes hold the first codes, the last four the others
+        low, high, skip = join(wide[:4]), join(wide[-4:]), np.uint32(8 * (q - 4))
+        codes = jnp.where(position + np.uint32(bits) <= 32, low >> position, high >> (position - skip))
+    return (codes & np.uint32(2**bits - 1)).astype(jnp.uint8)
+
+
+def _steps(ndim: int, axis: int, n: int, step: int, dtype: Any) -> jax.Array:
+    """`[0, step, 2*step, ...]`, `n` of them along `axis` of `ndim` axes."""
+    shape = [1] * ndim
+    shape[axis] = n
+    return jax.lax.broadcasted_iota(dtype, shape, axis) * np.asarray(step, dtype)
+
+
+def _split(x: jax.Array, axis: int) -> list[jax.Array]:
+    return [jax.lax.slice_in_dim(x, i, i + 1, axis=axis) for i in range(x.shape[axis])]

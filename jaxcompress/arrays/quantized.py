@@ -95,7 +95,6 @@ class QuantizedArray(GridArray):
             fmt,
             axes=axes,
             group_size=group_size,
-            narrow=symmetric and convention == "absmax",
         )
         return cls.from_codes(codes, scale, zero_point, format, axes[-1], group_size, w.dtype)
 
@@ -138,7 +137,7 @@ class QuantizedArray(GridArray):
             materialize(self.codes),
             materialize(self.scale),
             materialize(self.zero_point),
-            axis=self.axis,
+            axes=self.axis,
             group_size=self.group_size,
             dtype=self.float_dtype,
         )

@@ -1,0 +1,83 @@
+"""Functional neural-network compression for JAX and Flax.
+
+A compressed model is the same pytree with smaller leaves, and any JAX function can run on it:
+
+- `compress(params, rules)` makes the leaves small, `decompress` undoes it;
+- `compressed(fn)` runs any function on them;
+- `save` and `load` keep them small on disk.
+"""
+
+from jaxcompress._version import __version__
+from jaxcompress.arrays.base import (
+    CompressedArray,
+    is_compressed,
+    register_array,
+    register_rule,
+)
+from jaxcompress.arrays.codebook import CodebookArray
+from jaxcompress.arrays.low_rank import LowRankArray
+from jaxcompress.arrays.packed import PackedArray
+from jaxcompress.arrays.quantized import QuantizedArray
+from jaxcompress.arrays.sparse import SparseArray
+from jaxcompress.checkpoint.file import load, read_metadata, save
+from jaxcompress.compress import (
+    combine,
+    compress,
+    decompress,
+    finalize,
+    nbytes,
+    partition,
+    trainable_mask,
+)
+from jaxcompress.decomposition.spec import LowRank
+from jaxcompress.errors import CompressError, FileError, RuleError, SpecError
+from jaxcompress.interpret import compressed
+from jaxcompress.kernel_axes import kernel_axes
+from jaxcompress.lazy import LazyArray
+from jaxcompress.pruning.spec import Prune
+from jaxcompress.quantization.spec import Quantize
+from jaxcompress.report.summary import Summary, summary
+from jaxcompress.rules import KernelAxes
+from jaxcompress.sharing.spec import Codebook
+from jaxcompress.specs import LeafContext, Plan, Spec, chain
+
+__all__ = [
+    "CodebookArray",
+    "Codebook",
+    "CompressError",
+    "CompressedArray",
+    "FileError",
+    "KernelAxes",
+    "LazyArray",
+    "LeafContext",
+    "LowRank",
+    "LowRankArray",
+    "PackedArray",
+    "Plan",
+    "Prune",
+    "Quantize",
+    "QuantizedArray",
+    "RuleError",
+    "SparseArray",
+    "Spec",
+    "SpecError",
+    "Summary",
+    "__version__",
+    "chain",
+    "combine",
+    "compress",
+    "compressed",
+    "decompress",
+    "finalize",
+    "is_compressed",
+    "kernel_axes",
+    "load",
+    "nbytes",
+    "partition",
+    "read_metadata",
+    "register_array",
+    "register_rule",
+    "save",
+    "summary",
+    "trainable_mask",
+]

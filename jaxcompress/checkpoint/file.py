@@ -1,0 +1,201 @@
+"""`save` and `load`: a tree in one safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax import numpy as jnp
+
+from jaxcompress.checkpoint.tree import NATIVE, Reader, decode, encode
+from jaxcompress.errors import FileError
+
+VERSION = 1
+_KEY = "jaxcompress"
+
+_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
+    "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
+}  # fmt: skip
+
+
+def save(
+    path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a tree, compressed leaves in their small form, to one safetensors file.
+
+    The file is an ordinary safetensors file: its tensors are the dense leaves and the children of
+    the compressed ones, named by path, and its header's metadata hold the structure of the tree
+    and the forms of its leaves. It is written beside the target and renamed, so that a reader never
+    sees half of it and an older file stays until the new one is whole. Equal trees give
+    equal bytes.
+
+    Args:
+      path: the file to write.
+      tree: a pytree of arrays, compressed leaves, numbers and strings. Dicts, lists and tuples come
+        back as they are; other containers come back as dicts (see `load`'s `like`).
+      metadata: further strings for the header, returned by `read_metadata`.
+
+    Raises:
+      FileError: for a leaf that cannot be saved, or metadata that are no strings.
+
+    Example:
+      >>> import tempfile, os, jax.numpy as jnp, jaxcompress as jc
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = os.path.join(folder, "small.safetensors")
+      ...     jc.save(path, {"kernel": jc.Quantize("int8")(jnp.ones((64, 64)))})
+      ...     jc.load(path)
+      {'kernel': QuantizedArray(float32[64, 64], int8)}
+    """
+    tensors: dict[str, Any] = {}
+    described = encode(tree, tensors)
+    header = {_KEY: json.dumps({"version": VERSION, "tree": described}, separators=(",", ":"))}
+    for name, value in (metadata or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str) or name == _KEY:
+            raise FileError(
+                f"metadata {name!r}: {value!r} must be strings, and not named {_KEY!r}; "
+                "use json.dumps for anything richer"
+            )
+        header[name] = value
+    arrays = {name: _storable(array) for name, array in sorted(tensors.items())}
+    _write(Path(path), arrays, header)
+
+
+def _storable(array: Any) -> np.ndarray:
+    out = np.ascontiguousarray(np.asarray(array)).reshape(array.shape)
+    return out if out.dtype.name in NATIVE else out.view(np.uint8)
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
+    """Writes beside the target, flushes to the disk, and renames."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        # One extra key at most is ours; sorted so that equal trees give equal bytes.
+        safetensors.numpy.save_file(arrays, name, metadata=dict(sorted(header.items())))
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        if isinstance(error, safetensors.SafetensorError):
+            raise FileError(f"{path}: could not be written: {error}") from error
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Any:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except (safetensors.SafetensorError, OSError) as error:
+        raise FileError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def _described(path: Path, file: Any) -> Any:
+    text = (file.metadata() or {}).get(_KEY)
+    if text is None:
+        raise FileError(
+            f"{path}: a safetensors file that jaxcompress did not write; read it with "
+            "safetensors.numpy.load_file and pass the tree to jc.compress"
+        )
+    try:
+        header = json.loads(text)
+        version, tree = header["version"], header["tree"]
+    except (json.JSONDecodeError, TypeError, KeyError, RecursionError) as error:
+        raise FileError(f"{path}: the header is damaged: {error!r}") from error
+    if version != VERSION:
+        raise FileError(
+            f"{path}: written in version {version!r} of the format, this jaxcompress reads "
+            f"version {VERSION}; update jaxcompress"
+        )
+    return tree
+
+
+def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) -> Any:
+    """Reads a tree that `save` wrote, its leaves in their small form.
+
+    Nothing in the file is executed, and no other file is read.
+
+    Args:
+      path: the file.
+      lazy: leave each leaf in the file as a `LazyArray` with its shape and dtype, which reads it
+        on `load()`; `compress` and `save` read such leaves one at a time.
+      like: a tree whose containers the result should have (NNX state, named tuples, frozen
+        dicts); its leaves only count by their paths.
+
+    Returns:
+      The tree.
+
+    Raises:
+      FileNotFoundError: when there is no such file.
+      FileError: when it is truncated, damaged, from a newer version, not ours, or holds a form of
+        leaf that no imported package registers.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{path} is a folder; name the file in it")
+    with _opened(path) as file:
+        described = _described(path, file)
+        names = set(file.keys())
+
+        def info(name: str) -> tuple[tuple[int, ...], np.dtype]:
+            if name not in names:
+                raise FileError(f"{path}: the header names a tensor {name!r} that is not there")
+            view = file.get_slice(name)
+            return tuple(view.get_shape()), jnp.dtype(_DTYPES[view.get_dtype()])
+
+        def read(name: str) -> np.ndarray:
+            info(name)
+            return file.get_tensor(name)
+
+        def read_later(name: str) -> np.ndarray:
+            with _opened(path) as again:
+                return again.get_tensor(name)
+
+        try:
+            tree = decode(described, Reader(info, read_later if lazy else read), lazy=lazy)
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise FileError(f"{path}: the header is damaged: {error!r}") from error
+    return tree if like is None else _into(path, like, tree)
+
+
+def _into(path: Path, like: Any, tree: Any) -> Any:
+    """The leaves of `tree` in the containers of `like`, matched by path."""
+    from jaxcompress.rules import flatten
+
+    loaded = dict(flatten(tree)[0])
+    wanted, structure = flatten(like)
+    missing = [name for name, _ in wanted if name not in loaded]
+    extra = sorted(set(loaded) - {name for name, _ in wanted})
+    if missing or extra:
+        raise FileError(
+            f"{path} does not hold the tree of `like`: missing {missing[:3]}, extra {extra[:3]}"
+        )
+    return jax.tree.unflatten(structure, [loaded[name] for name, _ in wanted])
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The strings that `save` was given as `metadata`."""
+    with _opened(Path(path)) as file:
+        return {k: v for k, v in (file.metadata() or {}).items() if k != _KEY}

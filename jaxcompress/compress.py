@@ -1,0 +1,269 @@
+"""The verbs on whole trees: compress, decompress, finalize, partition, combine, nbytes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays.base import CompressedArray, is_compressed, materialize
+from jaxcompress.errors import RuleError, SpecError
+from jaxcompress.lazy import LazyArray
+from jaxcompress.rules import KernelAxes, default_axes, flatten, match
+from jaxcompress.specs import LeafContext, Spec
+
+
+def compress(
+    params: Any,
+    rules: Mapping[str, Spec | None],
+    *,
+    key: jax.Array | None = None,
+    donate: bool = False,
+    progress: bool = False,
+    axes: Mapping[str, KernelAxes] | None = None,
+) -> Any:
+    """Compresses the leaves of a parameter tree by rules.
+
+    A rule is a glob over `/`-joined paths and a spec; `*` stays within one key and `**` spans
+    any number. The first rule that matches a leaf wins; None leaves it dense, as does no match. The
+    tree is treated leaf by leaf, so at no time does more exist than the input, the output and what
+    one leaf needs; shardings are kept.
+
+    Args:
+      params: any pytree of arrays: nested dicts, NNX state, partitioning boxes, lazily loaded.
+      rules: `{pattern: spec}`, in order of precedence.
+      key: a random key, for specs that draw.
+      donate: delete each dense array once it is compressed. The input is gone then; with it, the
+        peak is the input and two leaves rather than the input and the output.
+      progress: show a progress bar on standard error.
+      axes: the input and output axes of leaves by path, from `kernel_axes`; the conventions of
+        Flax for all others (see `default_axes`).
+
+    Returns:
+      The same tree, the matched leaves compressed.
+
+    Raises:
+      RuleError: for a rule that matches nothing, or matches integers.
+      SpecError: where a spec does not fit its leaf, or the leaf is empty or not finite; the message
+        names the leaf. The input is left as it was, unless donated leaves are gone already.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> params = {"mlp": {"kernel": jnp.ones((256, 64)), "bias": jnp.zeros(64)}}
+      >>> small = jc.compress(params, {"**/kernel": jc.Quantize("int4", group_size=64)})
+      >>> small["mlp"]["kernel"]
+      QuantizedArray(float32[256, 64], int4/64)
+    """
+    leaves, structure = flatten(params)
+    paths = [path for path, _ in leaves]
+    hits = match(rules, paths)
+    for path in axes or ():
+        if path not in paths:
+            raise RuleError(f"axes names {path!r}, which is no leaf of the tree")
+    for (path, leaf), hit in zip(leaves, hits):
+        if hit is not None and hit[1] is not None:
+            _check_static(path, leaf, *hit)
+    todo = sum(hit is not None and hit[1] is not None for hit in hits)
+    out: list[Any] = []
+    with _bar(progress, "compressing", todo) as advance:
+        while leaves:
+            # Taken off the list, so that nothing here keeps a donated leaf alive.
+            (path, leaf), hit = leaves.pop(0), hits[len(out)]
+            if hit is None or hit[1] is None:
+                out.append(leaf.load() if isinstance(leaf, LazyArray) else leaf)
+                continue
+            out.append(_compress_leaf(path, leaf, hit[1], key, len(out), donate, axes or {}))
+            del leaf
+            advance(path)
+    return jax.tree.unflatten(structure, out)
+
+
+def _compress_leaf(
+    path: str,
+    leaf: Any,
+    spec: Spec,
+    key: jax.Array | None,
+    index: int,
+    donate: bool,
+    axes: Mapping[str, KernelAxes],
+) -> Any:
+    array = leaf.load() if isinstance(leaf, LazyArray) else leaf
+    if not is_compressed(array):
+        array = jnp.asarray(array)
+        _check_finite(path, array)
+    where = axes.get(path, default_axes(path, array.ndim))
+    leaf_key = None if key is None else jax.random.fold_in(key, index)
+    out = spec(array, LeafContext(path, where, leaf_key))
+    if isinstance(array, jax.core.Tracer) or any(
+        isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(out)
+    ):
+        return out
+    # Without waiting, leaf after leaf would be in flight at once and add up.
+    jax.block_until_ready(out)
+    if donate and isinstance(array, jax.Array):
+        array.delete()
+    return out
+
+
+def _check_static(path: str, leaf: Any, pattern: str, spec: Any) -> None:
+    """All that can be refused before any leaf is touched."""
+    if not isinstance(spec, Spec):
+        raise RuleError(
+            f"rule {pattern!r}: {spec!r} is no spec; write one such as Quantize('int8'), or None"
+        )
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        raise RuleError(
+            f"rule {pattern!r} matches {path!r}, which is {type(leaf).__name__} and no array; "
+            f"put {path!r}: None before it"
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise RuleError(
+            f"rule {pattern!r} matches {path!r} of dtype {leaf.dtype}, and only floating leaves "
+            f"can be compressed; put {path!r}: None before it"
+        )
+    if 0 in leaf.shape:
+        raise SpecError(
+            f"{path}: shape {tuple(leaf.shape)} holds no values to compress; put {path!r}: None "
+            f"before rule {pattern!r}"
+        )
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x))
+
+
+def _check_finite(path: str, array: jax.Array) -> None:
+    if isinstance(array, jax.core.Tracer) or _all_finite(array):
+        return
+    bad = int(jnp.sum(~jnp.isfinite(array)))
+    raise SpecError(
+        f"{path}: {bad} of {array.size} values are NaN or infinite; mend them, for instance with "
+        "jnp.nan_to_num, before compressing"
+    )
+
+
+@contextlib.contextmanager
+def _bar(show: bool, title: str, total: int) -> Any:
+    if not show:
+        yield lambda path: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TextColumn("{task.fields[path]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total, path="")
+        yield lambda path: bar.update(task, advance=1, path=path)
+
+
+def _map_leaves(fn: Callable[[CompressedArray], Any], tree: Any) -> Any:
+    return jax.tree.map(lambda x: fn(x) if is_compressed(x) else x, tree, is_leaf=is_compressed)
+
+
+def decompress(tree: Any) -> Any:
+    """The tree with every compressed leaf as the dense array it stands for.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> jc.decompress({"w": jc.Prune(0.5)(jnp.array([1.0, -2.0]))})
+      {'w': Array([ 0., -2.], dtype=float32)}
+    """
+    return _map_leaves(materialize, tree)
+
+
+def finalize(tree: Any) -> Any:
+    """The tree with every trainable leaf in its storage form; storage leaves stay as they are.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> jc.finalize({"w": jc.Quantize("int8")(jnp.ones((2, 2)))})
+      {'w': QuantizedArray(float32[2, 2], int8)}
+    """
+    return _map_leaves(lambda leaf: leaf.finalize(), tree)
+
+
+def nbytes(tree: Any) -> int:
+    """The bytes of all arrays of a tree: codes, scales, masks, codebooks and dense leaves.
+
+    A leaf of n values of b bits counts `n b / 8` bytes and its scales, which is what it
+    takes in memory. Shapes (`jax.ShapeDtypeStruct`) count like arrays.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> jc.nbytes({"w": jnp.ones((128, 8)), "b": jnp.ones(8)})
+      4128
+    """
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if hasattr(leaf, "dtype"):
+            total += int(np.prod(leaf.shape, dtype=np.int64)) * jnp.dtype(leaf.dtype).itemsize
+        else:
+            total += np.asarray(leaf).nbytes
+    return total
+
+
+def trainable_mask(tree: Any) -> Any:
+    """A tree of booleans in the structure of `tree`: which arrays an optimizer should see.
+
+    Dense floating arrays and the trainable children of compressed leaves (factors, centroids, kept
+    values); never codes, masks, indices or the scales of a storage leaf. It is what
+    `optax.masked` and, turned into labels, `optax.partition` take.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> mask = jc.trainable_mask({"w": jc.LowRank(1)(jnp.ones((2, 2))), "step": jnp.zeros((), int)})
+      >>> jax.tree.leaves(mask)
+      [False, True, True]
+    """
+
+    def mark(x: Any, above: bool) -> Any:
+        if is_compressed(x):
+            return x.replace(
+                **{
+                    name: jax.tree.map(
+                        lambda y, on=above and name in x.trainable: mark(y, on),
+                        getattr(x, name),
+                        is_leaf=is_compressed,
+                    )
+                    for name in x.children
+                }
+            )
+        return bool(above and jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+
+    return jax.tree.map(lambda x: mark(x, True), tree, is_leaf=is_compressed)
+
+
+def partition(tree: Any) -> tuple[Any, Any]:
+    """Splits a tree into what is trained and the rest, each with None where the other has arrays.
+
+    Differentiate with respect to the first; no `allow_int` is needed.
+
+    Returns:
+      `(trainable, rest)`; `combine(trainable, rest)` is the tree.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxcompress as jc
+      >>> params = {"w": jc.LowRank(1)(jnp.ones((4, 4)))}
+      >>> trainable, rest = jc.partition(params)
+      >>> loss = lambda t: jc.compressed(lambda p: p["w"].sum())(jc.combine(t, rest))
+      >>> jax.grad(loss)(trainable)["w"].left.shape
+      (4, 1)
+    """
+    mask = trainable_mask(tree)
+    chosen = jax.tree.map(lambda m, x: x if m else None, mask, tree)
+    rest = jax.tree.map(lambda m, x: None if m else x, mask, tree)
+    return chosen, rest
+
+
+def combine(*trees: Any) -> Any:
+    """Puts the parts of `partition` together: at each place the first that is not None."""
+    return jax.tree.map(
+        lambda *xs: next((x for x in xs if x is not None), None),
+        *trees,
+        is_leaf=lambda x: x is None,
+    )

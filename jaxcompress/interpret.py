@@ -1,0 +1,235 @@
+"""`compressed(fn)`: any JAX function on a tree with compressed leaves, by one walk over its jaxpr.
+
+The function is traced on the dense shapes, and the jaxpr is evaluated equation by equation. An
+equation that meets a compressed leaf is handed to the leaf's rule; one that has none materializes
+that leaf. Control flow is rebuilt with jax's own functions, so that a leaf stays small inside a
+loop or a stack of layers. All of this happens while tracing: the compiled program is what one
+would have written by hand.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+
+from jaxcompress import compat
+from jaxcompress.arrays.base import is_compressed, materialize, try_rules
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compressed(fn: F) -> F:
+    """Makes `fn` accept compressed leaves wherever it accepts arrays.
+
+    The value and the gradient equal those of `fn` on the decompressed tree. Under `jit`, a
+    leaf is expanded no earlier and no further than its type's rules need: a low-rank kernel runs as
+    two thin products, an embedding table gives up only the rows that are looked up.
+
+    Arguments that are not arrays (flags, names, callables) are static, whether positional or by
+    keyword; arrays are traced, and everything else about `fn` stays: mutable collections, random
+    keys, any pytree in and out. The result is retraced at each call outside of `jit`, so wrap the
+    outermost function: `jax.jit(jc.compressed(model.apply))`.
+
+    Args:
+      fn: a function of pytrees, such as a Linen module's `apply` or a loss.
+
+    Returns:
+      A function of the same arguments and results.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxcompress as jc
+      >>> params = {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}
+      >>> apply = lambda p, x: x @ p["kernel"] + p["bias"]
+      >>> small = jc.compress(params, {"kernel": jc.LowRank(rank=2)})
+      >>> y = jax.jit(jc.compressed(apply))(small, jnp.ones((1, 64)))
+      >>> y.shape, bool(jnp.allclose(y, 64.0, rtol=1e-5))
+      ((1, 32), True)
+    """
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_compressed)
+        if not any(map(is_compressed, leaves)):
+            return fn(*args, **kwargs)
+        traced = [is_compressed(x) or compat.is_traceable(x) for x in leaves]
+
+        def flat(*arrays: Any) -> Any:
+            it = iter(arrays)
+            full = [next(it) if t else x for t, x in zip(traced, leaves)]
+            args, kwargs = jax.tree.unflatten(tree, full)
+            return fn(*args, **kwargs)
+
+        operands = [x for t, x in zip(traced, leaves) if t]
+        closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(*map(_dense_aval, operands))
+        outs = evaluate(closed.jaxpr, closed.consts, operands)
+        return jax.tree.unflatten(jax.tree.structure(out_shape), map(materialize, outs))
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _dense_aval(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_compressed(x) else x
+
+
+def evaluate(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Evaluates a jaxpr on arrays and compressed leaves; its outputs may be either."""
+    env: dict[Any, Any] = {}
+    last_use = _last_uses(jaxpr)
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, compat.Literal) else env[v]
+
+    env.update(zip(jaxpr.constvars, consts))
+    env.update(zip(jaxpr.invars, args))
+    for n, eqn in enumerate(jaxpr.eqns):
+        operands = [read(v) for v in eqn.invars]
+        with compat.context(eqn):
+            outs = _evaluate_equation(eqn, operands)
+        env.update(zip(eqn.outvars, outs))
+        for v in last_use.get(n, ()):  # a leaf nobody reads again must not be held
+            env.pop(v, None)
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _last_uses(jaxpr: compat.Jaxpr) -> dict[int, list[Any]]:
+    seen = {v for v in jaxpr.outvars if not isinstance(v, compat.Literal)}
+    last: dict[int, list[Any]] = {}
+    for n in range(len(jaxpr.eqns) - 1, -1, -1):
+        for v in jaxpr.eqns[n].invars:
+            if not isinstance(v, compat.Literal) and v not in seen:
+                seen.add(v)
+                last.setdefault(n, []).append(v)
+    return last
+
+
+def _evaluate_equation(eqn: compat.JaxprEqn, operands: list[Any]) -> list[Any]:
+    if not any(map(is_compressed, operands)):
+        return compat.bind(eqn, operands)
+    name = eqn.primitive.name
+    if name in _CONTROL:
+        return _CONTROL[name](eqn.params, operands)
+    out = try_rules(name, operands, eqn.params)
+    if out is not NotImplemented:
+        return [out]
+    # custom_jvp and custom_vjp calls end up here too: they keep their own rule, which a walk
+    # through their body would lose, so the leaf is materialized for them.
+    return compat.bind(eqn, [materialize(x) for x in operands])
+
+
+def _dense_body(jaxpr: Any) -> Callable[..., list[Any]]:
+    """The body of a control-flow equation as a function whose outputs are dense."""
+    body, consts = compat.open_jaxpr(jaxpr)
+
+    def run(*args: Any) -> list[Any]:
+        return [materialize(x) for x in evaluate(body, consts, args)]
+
+    return run
+
+
+def _inline(params: dict[str, Any], operands: list[Any]) -> list[Any]:
+    jaxpr = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+    body, consts = compat.open_jaxpr(jaxpr)
+    return evaluate(body, consts, operands)
+
+
+def _remat(params: dict[str, Any], operands: list[Any]) -> list[Any]:
+    # Derivatives of the rebuilt function are taken when it is differentiated, not now.
+    body = jax.checkpoint(
+        _dense_body(params["jaxpr"]), prevent_cse=params["prevent_cse"], policy=params["policy"]
+    )
+    return body(*operands)
+
+
+def _loop_invariant(body: compat.Jaxpr, consts: int, carry: int, operands: list[Any]) -> list[bool]:
+    """Which carried leaves a loop hands on unchanged, so that they may be constants of it."""
+    ins = body.invars[consts : consts + carry]
+    return [
+        is_compressed(x) and v_in is v_out for x, v_in, v_out in zip(operands, ins, body.outvars)
+    ]
+
+
+def _split(values: Sequence[Any], fixed: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    return (
+        [v for v, f in zip(values, fixed) if not f],
+        [v for v, f in zip(values, fixed) if f],
+    )
+
+
+def _merge(moving: Sequence[Any], still: Sequence[Any], fixed: Sequence[bool]) -> list[Any]:
+    a, b = iter(moving), iter(still)
+    return [next(b) if f else next(a) for f in fixed]
+
+
+def _scan(params: dict[str, Any], operands: list[Any]) -> list[Any]:
+    n_consts, n_carry = compat.scan_counts(params)
+    body, body_consts = compat.open_jaxpr(params["jaxpr"])
+    consts = operands[:n_consts]
+    carry = operands[n_consts : n_consts + n_carry]
+    xs = [_scannable(x) for x in operands[n_consts + n_carry :]]
+    fixed = _loop_invariant(body, n_consts, n_carry, carry)
+    moving, still = _split(carry, fixed)
+
+    def step(moving: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = evaluate(body, body_consts, [*consts, *_merge(moving, still, fixed), *xs])
+        moved, _ = _split(outs[:n_carry], fixed)
+        return [materialize(x) for x in moved], [materialize(x) for x in outs[n_carry:]]
+
+    moved, ys = lax.scan(
+        step,
+        [materialize(x) for x in moving],
+        xs,
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*_merge(moved, still, fixed), *ys]
+
+
+def _scannable(x: Any) -> Any:
+    """A leaf that `scan` can slice along its first axis, or its dense array."""
+    return x if not is_compressed(x) or x.batch_ndim > 0 else x.materialize()
+
+
+def _while(params: dict[str, Any], operands: list[Any]) -> list[Any]:
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
+    carry = operands[n_cond + n_body :]
+    body, closed = compat.open_jaxpr(params["body_jaxpr"])
+    fixed = _loop_invariant(body, n_body, len(carry), carry)
+    moving, still = _split(carry, fixed)
+    test = _dense_body(params["cond_jaxpr"])
+
+    def cond_fun(moving: list[Any]) -> Any:
+        return test(*cond_consts, *_merge(moving, still, fixed))[0]
+
+    def body_fun(moving: list[Any]) -> list[Any]:
+        outs = evaluate(body, closed, [*body_consts, *_merge(moving, still, fixed)])
+        return [materialize(x) for x in _split(outs, fixed)[0]]
+
+    moved = lax.while_loop(cond_fun, body_fun, [materialize(x) for x in moving])
+    return _merge(moved, still, fixed)
+
+
+def _cond(params: dict[str, Any], operands: list[Any]) -> list[Any]:
+    index, *rest = operands
+    return lax.switch(index, [_dense_body(b) for b in params["branches"]], *rest)
+
+
+_CONTROL: dict[str, Callable[[dict[str, Any], list[Any]], list[Any]]] = {
+    "jit": _inline,
+    "pjit": _inline,
+    "closed_call": _inline,
+    "core_call": _inline,
+    "remat": _remat,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}
+
+

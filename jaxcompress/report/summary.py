@@ -1,0 +1,132 @@
+"""What became of a tree, leaf by leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxcompress.arrays.base import is_compressed
+from jaxcompress.compress import nbytes
+from jaxcompress.errors import CompressError
+from jaxcompress.rules import flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A table of leaves before and after; prints in a terminal, shows in a notebook.
+
+    Attributes:
+      rows: one dict a leaf: `path`, `shape`, `dtype`, `form`, `before` and `after` in bytes,
+        `bits` per value, `ratio`.
+    """
+
+    rows: list[dict[str, Any]]
+
+    @property
+    def before(self) -> int:
+        """Bytes of the whole tree before."""
+        return sum(row["before"] for row in self.rows)
+
+    @property
+    def after(self) -> int:
+        """Bytes of the whole tree after."""
+        return sum(row["after"] for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the tree became."""
+        return self.before / self.after if self.after else float("nan")
+
+    def __rich__(self) -> Table:
+        table = Table("leaf", "shape", "form", title="jaxcompress")
+        for name in ("before", "after", "bits/value", "ratio"):
+            table.add_column(name, justify="right")
+        for row in self.rows:
+            table.add_row(
+                row["path"],
+                "x".join(map(str, row["shape"])) or "scalar",
+                row["form"],
+                _size(row["before"]),
+                _size(row["after"]),
+                f"{row['bits']:.2f}",
+                f"{row['ratio']:.2f}x",
+            )
+        table.add_section()
+        table.add_row("total", "", "", _size(self.before), _size(self.after), "",
+                      f"{self.ratio:.2f}x", style="bold")  # fmt: skip
+        return table
+
+    def __str__(self) -> str:
+        return self._render(Console(file=io.StringIO(), record=True, width=100))
+
+    def _render(self, console: Console) -> str:
+        console.print(self)
+        return console.export_text().rstrip()
+
+    def _repr_html_(self) -> str:
+        console = Console(file=io.StringIO(), record=True, width=120)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def __repr__(self) -> str:
+        return (
+            f"Summary({len(self.rows)} leaves, {_size(self.before)} -> {_size(self.after)}, "
+            f"{self.ratio:.2f}x)"
+        )
+
+
+def _size(n: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n = n / 1000  # type: ignore[assignment]
+    return f"{n:.2f} GB"
+
+
+def summary(before: Any, after: Any) -> Summary:
+    """Compares a tree with its compressed self, everything counted.
+
+    Args:
+      before: the dense tree, or its shapes.
+      after: the same tree with compressed leaves.
+
+    Returns:
+      A `Summary`, to print or to read row by row.
+
+    Raises:
+      CompressError: when the two trees have different leaves.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> params = {"kernel": jnp.ones((256, 256)), "bias": jnp.ones(256)}
+      >>> jc.summary(params, jc.compress(params, {"kernel": jc.Quantize("int8")}))
+      Summary(2 leaves, 263.17 kB -> 67.07 kB, 3.92x)
+    """
+    dense, small = flatten(before)[0], flatten(after)[0]
+    different = {path for path, _ in dense} ^ {path for path, _ in small}
+    if different:
+        raise CompressError(f"the trees differ at {sorted(different)[:3]}")
+    after_by_path = dict(small)
+    rows = []
+    for path, old in dense:
+        new = after_by_path[path]
+        old_size, new_size = nbytes(old), nbytes(new)
+        count = int(np.prod(np.shape(old), dtype=np.int64))
+        rows.append(
+            {
+                "path": path,
+                "shape": tuple(np.shape(old)),
+                "dtype": str(getattr(old, "dtype", type(old).__name__)),
+                "form": new.describe() if is_compressed(new) else "dense",
+                "before": old_size,
+                "after": new_size,
+                "bits": 8 * new_size / count if count else 0.0,
+                "ratio": old_size / new_size if new_size else float("nan"),
+            }
+        )
+    return Summary(rows)

@@ -1,0 +1,149 @@
+"""Which leaf gets what: paths, glob rules, and the axes of a kernel."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from jaxcompress.arrays.base import is_compressed
+from jaxcompress.errors import RuleError
+
+# Names under which Flax keeps the array of an NNX variable or of a partitioning box.
+_WRAPPERS = ("value", "raw_value")
+
+
+def path_str(path: Sequence[Any]) -> str:
+    """A key path as a user would type it: `/`-joined keys, without the suffixes of wrappers.
+
+    Example:
+      >>> import jax
+      >>> tree = {"encoder": {"layers": [{"kernel": 1.0}]}}
+      >>> [path_str(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+      ['encoder/layers/0/kernel']
+    """
+    names = []
+    for key in path:
+        match key:
+            case DictKey() | FlattenedIndexKey():
+                names.append(str(key.key))
+            case SequenceKey():
+                names.append(str(key.idx))
+            case GetAttrKey():
+                if key.name not in _WRAPPERS:
+                    names.append(key.name)
+            case _:
+                names.append(str(key))
+    if len(names) > 1 and names[-1] in _WRAPPERS and not isinstance(path[-1], DictKey):
+        names.pop()
+    return "/".join(names)
+
+
+def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves of a tree with their paths, compressed leaves whole, and its structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
+    return [(path_str(path), leaf) for path, leaf in leaves], structure
+
+
+def glob(pattern: str) -> re.Pattern[str]:
+    """A path pattern as a regular expression.
+
+    `*` and `?` stay within one key, `**` spans any number of keys (none as well), and `[abc]`
+    is a set of characters.
+
+    Example:
+      >>> bool(glob("**/kernel").fullmatch("kernel")), bool(glob("*/kernel").fullmatch("a/b/kernel"))
+      (True, False)
+    """
+    out, i = "", 0
+    while i < len(pattern):
+        if pattern.startswith("**/", i):
+            out, i = out + "(?:[^/]+/)*", i + 3
+        elif pattern.startswith("**", i):
+            out, i = out + ".*", i + 2
+        elif pattern[i] == "*":
+            out, i = out + "[^/]*", i + 1
+        elif pattern[i] == "?":
+            out, i = out + "[^/]", i + 1
+        elif pattern[i] == "[" and "]" in pattern[i + 2 :]:
+            end = pattern.index("]", i + 2)
+            body = pattern[i + 1 : end].replace("\\", r"\\")
+            body = "^" + body[1:] if body.startswith("!") else body.replace("^", r"\^")
+            out, i = out + f"[{body}]", end + 1
+        else:
+            out, i = out + re.escape(pattern[i]), i + 1
+    return re.compile(out.replace("/(?:[^/]+/)*.*", "/.*"))
+
+
+def match(rules: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, Any] | None]:
+    """For each path the first rule that matches it, as (pattern, spec), or None.
+
+    Raises:
+      RuleError: when a rule's pattern matches no path at all.
+    """
+    compiled = [(pattern, glob(pattern), spec) for pattern, spec in rules.items()]
+    for pattern, expression, _ in compiled:
+        if not any(expression.fullmatch(path) for path in paths):
+            near = difflib.get_close_matches(pattern.replace("*", ""), paths, n=3, cutoff=0.0)
+            listed = ", ".join(repr(p) for p in near)
+            raise RuleError(
+                f"rule {pattern!r} matches no leaf; "
+                + (f"the nearest paths are {listed}" if near else "the tree has no leaves")
+            )
+    out: list[tuple[str, Any] | None] = []
+    for path in paths:
+        hits = ((p, spec) for p, expression, spec in compiled if expression.fullmatch(path))
+        out.append(next(hits, None))
+    return out
+
+
+class KernelAxes(NamedTuple):
+    """Which axes of one weight are inputs (contracted) and which outputs, as negative numbers.
+
+    Leading axes in neither are those of a stack of weights.
+
+    Example:
+      >>> KernelAxes(input=(-2,), output=(-1,)).batch_ndim(3)
+      1
+    """
+
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+
+    def batch_ndim(self, ndim: int) -> int:
+        """The number of leading axes that are neither inputs nor outputs."""
+        return ndim - len(self.input) - len(self.output)
+
+
+def default_axes(path: str, ndim: int) -> KernelAxes:
+    """The axes of a kernel by Flax's conventions, where no function tells.
+
+    The last axis is the output and the one before it the input; further leading axes are a stack,
+    except that a kernel of four or more axes is a convolution (the three axes before the last are
+    inputs), that attention's `query`, `key` and `value` kernels are `[..., in, heads, depth]`
+    and its `out` kernels `[..., heads, depth, out]`, and that an `embedding` is
+    `[..., rows, features]`, whose features are contracted when it is tied to the output.
+    """
+    if ndim < 2:
+        return KernelAxes((-1,) * min(ndim, 1), ())
+    owner, _, name = path.rpartition("/")
+    owner = owner.rpartition("/")[2]
+    if name == "embedding":
+        return KernelAxes((-1,), (-2,))
+    if ndim >= 3 and owner in ("query", "key", "value"):
+        return KernelAxes((-3,), (-2, -1))
+    if ndim >= 3 and owner == "out":
+        return KernelAxes((-3, -2), (-1,))
+    if ndim >= 4:
+        return KernelAxes((-4, -3, -2), (-1,))
+    return KernelAxes((-2,), (-1,))
+
+
+def map_with_path(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Maps `fn(path, leaf)` over a tree, compressed leaves whole."""
+    leaves, structure = flatten(tree)
+    return jax.tree.unflatten(structure, [fn(path, leaf) for path, leaf in leaves])

@@ -1,0 +1,165 @@
+"""What a spec is: a frozen description of one compression, with a host half and a jitted half."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxcompress.arrays.base import CompressedArray, is_compressed
+from jaxcompress.errors import CompressError, SpecError
+from jaxcompress.rules import KernelAxes, default_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafContext:
+    """What a spec may know about the leaf it is given.
+
+    Attributes:
+      path: the leaf's path, for messages.
+      axes: its input and output axes.
+      key: a random key, or None.
+    """
+
+    path: str
+    axes: KernelAxes
+    key: jax.Array | None = None
+
+
+class Plan:
+    """Everything static that a spec decided about one leaf; hashable, so that it is compiled once.
+
+    A subclass is a frozen dataclass with an `apply`.
+    """
+
+    def apply(self, leaf: jax.Array, key: jax.Array | None) -> CompressedArray:
+        """The compressed leaf; pure and jittable."""
+        raise NotImplementedError
+
+
+class Spec:
+    """A compression of one leaf: `plan` on the host, `apply` jitted, together a call.
+
+    Subclasses are frozen dataclasses of plain values, and define `plan`.
+    """
+
+    def plan(self, leaf: jax.Array, context: LeafContext) -> Plan:
+        """Decides all static facts: ranks, counts, axes. May read concrete values.
+
+        Raises:
+          SpecError: when the spec does not fit the leaf; names the leaf.
+        """
+        raise NotImplementedError
+
+    def __call__(self, leaf: Any, context: LeafContext | None = None) -> Any:
+        """Compresses one array, or the inner children of a leaf that is already compressed."""
+        if context is None:
+            context = LeafContext("leaf", default_axes("leaf", leaf.ndim))
+        if is_compressed(leaf):
+            return self._inner(leaf, context)
+        plan = self.plan(leaf, context)
+        return _apply(plan, leaf, context.key, _placement(plan, leaf, context.key))
+
+    def _inner(self, leaf: CompressedArray, context: LeafContext) -> CompressedArray:
+        if not leaf.inner:
+            raise SpecError(
+                f"{context.path}: {self!r} cannot follow in a chain on {leaf!r}; put it first"
+            )
+        changes = {}
+        for name in leaf.inner:
+            child = getattr(leaf, name)
+            path = f"{context.path}.{name}"
+            axes = child_axes(leaf, name, child)
+            changes[name] = self(child, LeafContext(path, axes, context.key))
+        return leaf.replace(**changes)
+
+
+def child_axes(leaf: CompressedArray, name: str, child: Any) -> KernelAxes:
+    """The axes of a leaf's inner child: a factor's inputs are what it contracts first."""
+    batch = leaf.batch_ndim
+    trailing = child.ndim - batch
+    if trailing == 1:
+        return KernelAxes((-1,), ())
+    # The left factor maps its first axes to the rank, the right one the rank to its last axes.
+    inputs = trailing - 1 if name == "left" else 1
+    return KernelAxes(
+        tuple(range(-trailing, -trailing + inputs)), tuple(range(-trailing + inputs, 0))
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _apply_anywhere(plan: Plan, leaf: jax.Array, key: jax.Array | None) -> CompressedArray:
+    return plan.apply(leaf, key)
+
+
+@functools.lru_cache(maxsize=256)
+def _apply_placed(plan: Plan, structure: Any, shardings: tuple[Any, ...]) -> Any:
+    out = jax.tree.unflatten(structure, shardings)
+    return jax.jit(plan.apply, out_shardings=out)
+
+
+def _apply(plan: Plan, leaf: jax.Array, key: jax.Array | None, placement: Any) -> Any:
+    if placement is None:
+        return _apply_anywhere(plan, leaf, key)
+    shardings, structure = jax.tree.flatten(placement)
+    return _apply_placed(plan, structure, tuple(shardings))(leaf, key)
+
+
+def _placement(plan: Plan, leaf: Any, key: jax.Array | None) -> Any:
+    """Shardings of the outcome for a leaf that lies over several devices, else None."""
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.num_devices == 1:
+        return None
+    out = jax.eval_shape(plan.apply, leaf, key)
+    return out.shardings(sharding)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Chain(Spec):
+    """Specs one after the other; see `chain`."""
+
+    specs: tuple[Spec, ...]
+
+    def __call__(self, leaf: Any, context: LeafContext | None = None) -> Any:
+        for spec in self.specs:
+            leaf = spec(leaf, context)
+        return leaf
+
+    def plan(self, leaf: jax.Array, context: LeafContext) -> Plan:
+        """A chain plans each spec when its turn comes."""
+        raise CompressError("a chain has no single plan; call it, or plan its specs in turn")
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.specs))})"
+
+
+def chain(*specs: Spec) -> Spec:
+    """Specs one after the other: each compresses what the one before it left.
+
+    A spec that follows `Prune` acts on the kept values, one that follows `LowRank` on both factors,
+    one that follows `Codebook` on the centroids. A pruned zero stays zero.
+
+    Args:
+      *specs: at least one spec.
+
+    Returns:
+      The spec that does them all.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> w = jnp.arange(16.0).reshape(4, 4)
+      >>> jc.chain(jc.Prune(0.5), jc.Quantize("int8"))(w)
+      SparseArray(float32[4, 4], 50% sparse bitmask of int8)
+    """
+    if not specs:
+        raise SpecError("chain() needs at least one spec, such as chain(Prune(0.5))")
+    flat: Sequence[Spec] = [
+        s for spec in specs for s in (spec.specs if isinstance(spec, Chain) else (spec,))
+    ]
+    for spec in flat:
+        if not isinstance(spec, Spec):
+            raise SpecError(f"chain() takes specs such as Quantize('int8'), not {spec!r}")
+    return flat[0] if len(flat) == 1 else Chain(tuple(flat))
