@@ -43,7 +43,9 @@ class Summary:
         return self.before / self.after if self.after else float("nan")
 
     def __rich__(self) -> Table:
-        table = Table("leaf", "shape", "form", title="jaxcompress")
+        table = Table(title="jaxcompress")
+        for name in ("leaf", "shape", "form"):
+            table.add_column(name, overflow="fold")
         for name in ("before", "after", "bits/value", "ratio"):
             table.add_column(name, justify="right")
         for row in self.rows:
