@@ -16,8 +16,10 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcompress.arrays.deferred import deferred_primitive
 from jaxcompress.errors import CompressError
 
 Rule = Callable[[int, list[Any], dict[str, Any]], Any]
@@ -330,6 +332,16 @@ def _convert(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     leaf = operands[i]
     out = leaf if leaf.dtype == params["new_dtype"] else leaf.astype(params["new_dtype"])
     return NotImplemented if out is None else out
+
+
+@register_rule(CompressedArray, "dot_general")
+def _dot_general(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
+    return deferred_primitive(lax.dot_general_p, i, operands[i], operands, params)
+
+
+@register_rule(CompressedArray, "conv_general_dilated")
+def _conv_general_dilated(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
+    return deferred_primitive(lax.conv_general_dilated_p, i, operands[i], operands, params)
 
 
 @register_rule(CompressedArray, "copy")

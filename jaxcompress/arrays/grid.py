@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress.arrays.base import CompressedArray, materialize, register_rule
-from jaxcompress.arrays.lowering import bounded_dot
 
 
 class GridArray(CompressedArray):
@@ -91,15 +90,6 @@ class GridArray(CompressedArray):
     def cuts(self, axes: Sequence[int]) -> bool:
         """Whether the leaf can be cut along all of `axes`."""
         return self._whole_axis not in axes
-
-
-def slice_axis(leaf: GridArray, axis: int, start: Any, size: int) -> Any:
-    """The `size` positions from `start` (may be traced) along one uncut axis of a leaf."""
-
-    def cut(grid: Any, whole: tuple[bool, ...]) -> Any:
-        return lax.dynamic_slice_in_dim(grid, start, size, axis) if whole[axis] else grid
-
-    return leaf.sliced(cut)
 
 
 @register_rule(GridArray, "transpose")
@@ -235,9 +225,4 @@ def _gather(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
         fill = params["fill_value"]
         rows = jnp.where(outside, jnp.nan if fill is None else fill, rows).astype(leaf.dtype)
     return rows
-
-
-@register_rule(GridArray, "dot_general")
-def _dot_general(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
-    return bounded_dot(i, operands, params)
 

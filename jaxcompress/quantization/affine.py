@@ -130,7 +130,7 @@ def affine_params(
     levels = 2**fmt.bits - 1
     if not symmetric:
         scale = _store(_divide(hi - lo, levels), scale_dtype)
-        zero = fmt.qmin - lo / scale.astype(jnp.float32)
+        zero = fmt.qmin - _divide(lo, scale.astype(jnp.float32))
         return scale, jnp.round(jnp.clip(zero, fmt.qmin, fmt.qmax)).astype(fmt.dtype)
     if convention == "no_clip":
         scale = jnp.maximum(_divide(-lo, -fmt.qmin), _divide(hi, fmt.qmax))
@@ -168,10 +168,10 @@ def quantize(
       [[7], [-3]]
     """
     fmt = int_format(format)
-    s = _spread(scale.astype(jnp.float32), w.shape, axes, group_size)
-    q = jnp.round(w.astype(jnp.float32) / s)
+    s = _spread(_once(scale), w.shape, axes, group_size)
+    q = jnp.round(_divide(w.astype(jnp.float32), s))
     if zero_point is not None:
-        q = q + _spread(zero_point.astype(jnp.float32), w.shape, axes, group_size)
+        q = q + _spread(_once(zero_point), w.shape, axes, group_size)
     return jnp.clip(q, fmt.qmin, fmt.qmax).astype(fmt.dtype)
 
 
@@ -251,33 +251,48 @@ def _group_range(w: jax.Array, axis: int, group_size: int) -> tuple[jax.Array, j
 def _fold(lo: jax.Array, hi: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """Shortens one axis by a factor of 8 to 64, keeping minima and maxima.
 
-    One joint reduction reads the weight once for both. Short steps with the remaining positions
-    in the inner loop are what XLA:CPU turns into vector code whichever axis it is: a plain
-    `max` over a leading or middle axis, or over a reshaped weight, is up to 20 times slower.
+    One joint reduction reads the weight once for both, and short steps are vector code on XLA:CPU
+    whichever axis it is. There, a plain `max` over a leading axis or a reshaped weight took up to
+    20 times as long, and a joint reduction over a whole long axis 30 times.
     """
     n = lo.shape[axis]
-    k = n if n <= 64 else next((k for k in range(32, 7, -1) if n % k == 0), 0)
-    if not k:
+    steps = 1 if n <= 64 else next((n // k for k in range(32, 7, -1) if n % k == 0), 0)
+    if not steps:
         cut = n - n % 16
         parts = [
             _fold(*(jax.lax.slice_in_dim(x, start, stop, axis=axis) for x in (lo, hi)), axis)
             for start, stop in ((0, cut), (cut, n))
         ]
-        return tuple(jnp.concatenate(x, axis) for x in zip(*parts))  # type: ignore[return-value]
-    shape = (*lo.shape[:axis], n // max(k, 1), k, *lo.shape[axis + 1 :])
+        low, high = (jnp.concatenate(x, axis) for x in zip(*parts))
+        return low, high
+    shape = (*lo.shape[:axis], steps, n // steps, *lo.shape[axis + 1 :])
     zero = np.zeros((), lo.dtype)
     both = lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1]))
-    out = jax.lax.reduce((lo.reshape(shape), hi.reshape(shape)), (zero, zero), both, (axis + 1,))
-    return jax.lax.optimization_barrier(tuple(out))  # or the next step is fused into this one
+    low, high = jax.lax.reduce(
+        (lo.reshape(shape), hi.reshape(shape)), (zero, zero), both, (axis + 1,)
+    )
+    return low, high
 
 
-def _divide(x: jax.Array, by: float) -> jax.Array:
-    """`x / by` for `x >= 0`, exactly.
+def _divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
+    """`x / by`, exactly rounded, compiled or not.
 
-    XLA turns a division by a constant into a product with its inverse, which is off by one unit in
-    the last place in one case of twenty. So the divisor must not look constant.
+    XLA turns a division by a constant or by a broadcast array into a product with the inverse,
+    which is off by one unit in the last place in one case of ten or twenty; a compiled program
+    would then give other codes than the same one run step by step. It leaves alone a divisor that
+    depends on `x`.
     """
-    return x / jnp.where(x < 0, 1.0, by).astype(x.dtype)
+    return x / jnp.where(x == 0, 1.0, by).astype(x.dtype)
+
+
+def _once(x: jax.Array) -> jax.Array:
+    """`x` in float32, in a form that XLA computes once and not again for each weight.
+
+    XLA:CPU repeats cheap operations inside the loop over the weights, here the clipping and
+    rounding that made the scale. It never repeats a division, and dividing by 1 changes nothing.
+    """
+    x = x.astype(jnp.float32)
+    return x / jnp.where(jnp.isnan(x), 2.0, 1.0)
 
 
 def _store(scale: jax.Array, dtype: Any) -> jax.Array:

@@ -1,0 +1,240 @@
+"""Calls that rebuild a compressed operand only while they run.
+
+`x @ dequantize(codes, scale)` is small on paper and large in practice, twice over:
+
+* XLA:CPU's concurrency-optimized scheduler sees that `dequantize(codes, scale)` waits for nothing
+  and computes it for every layer of a program at once, before the first layer runs;
+* reverse-mode differentiation keeps the dense weight of every layer as a residual.
+
+`deferred(fun, *args)` answers both with one primitive. No intermediate of `fun` is saved for a
+backward pass: the residuals are the arguments, and the backward pass rebuilds the dense operand in
+a deferred call of its own. And on one CPU device it lowers to a branch that is always taken, which
+the compiler can neither inline nor reorder into, so the dense operand lives only inside it. The
+operand meets the very same `dot_general` as without, so values are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+def deferred(fun: Callable[..., Any], *args: Any) -> Any:
+    """Returns `fun(*args)`, keeping what `fun` computes on the way alive only while it runs.
+
+    Args:
+      fun: a pure function of pytrees of arrays; it must not close over traced values.
+      *args: pytrees of arrays: those that `fun` expands and those the expanded operand meets.
+
+    Returns:
+      what `fun` returns. Differentiable to any order in both modes, and batchable: what `fun`
+      computes from arguments that are not batched is not batched either.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> codes, scale = jnp.array([[2, -1]], jnp.int8), jnp.array([0.5, 0.25])
+      >>> deferred(lambda c, s, x: x @ (c * s), codes, scale, jnp.ones((1, 1)))
+      Array([[ 1.  , -0.25]], dtype=float32)
+    """
+    leaves, in_tree = jax.tree.flatten(args)
+    out_tree = None
+
+    def flat(*leaves):
+        nonlocal out_tree
+        outs, out_tree = jax.tree.flatten(fun(*jax.tree.unflatten(in_tree, leaves)))
+        return outs
+
+    outs = _bind(flat, leaves)
+    return jax.tree.unflatten(out_tree, outs)
+
+
+def deferred_primitive(
+    primitive: Primitive, index: int, leaf: Any, operands: Sequence[Any], params: dict[str, Any]
+) -> Any:
+    """Binds a primitive with a leaf's dense array among its operands, in a deferred call.
+
+    Args:
+      primitive: a primitive of one output, such as `lax.dot_general_p`.
+      index: the leaf's place among the operands.
+      leaf: a `CompressedArray`.
+      operands: the operands; `operands[index]` is not read.
+      params: the primitive's parameters.
+
+    Returns:
+      the one output, equal bit for bit to that of the primitive on `leaf.materialize()`.
+    """
+    small, tree = jax.tree.flatten(leaf)
+    args = [*small, *(x for i, x in enumerate(operands) if i != index)]
+    jaxpr, used = _traced(
+        primitive,
+        index,
+        tree,
+        tuple(jax.typeof(x) for x in args),
+        tuple(sorted(params.items(), key=lambda item: item[0])),
+        jax.sharding.get_abstract_mesh(),
+    )
+    return deferred_p.bind(*(a for a, u in zip(args, used, strict=True) if u), jaxpr=jaxpr)[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _traced(
+    primitive: Primitive, index: int, tree: Any, avals: tuple[Any, ...], params: Any, mesh: Any
+) -> tuple[jex.ClosedJaxpr, list[bool]]:
+    """The jaxpr of one expansion, traced once for all layers of the same shapes."""
+    del mesh  # a part of the key only: the avals may be sharded over it
+
+    def run(*args):
+        operands = list(args[tree.num_leaves :])
+        leaf = jax.tree.unflatten(tree, args[: tree.num_leaves])
+        operands.insert(index, leaf.materialize())
+        return [primitive.bind(*operands, **dict(params))]
+
+    return _pruned(jax.make_jaxpr(run)(*avals))
+
+
+deferred_p = Primitive("deferred")
+deferred_p.multiple_results = True
+
+
+def _bind(fun: Callable[..., Any], args: Sequence[Any]) -> list[Any]:
+    """Traces `fun` and binds the primitive to the arguments that `fun` uses."""
+    jaxpr, used = _pruned(jax.make_jaxpr(fun)(*args))
+    return deferred_p.bind(*(a for a, u in zip(args, used, strict=True) if u), jaxpr=jaxpr)
+
+
+def _pruned(closed: jex.ClosedJaxpr) -> tuple[jex.ClosedJaxpr, list[bool]]:
+    """`closed` without dead equations and unused inputs, and which inputs are used.
+
+    The tangent of a dot in its activations does not need those activations: an unused argument
+    would be kept as a residual all the same.
+    """
+    jaxpr = closed.jaxpr
+    live = {v for v in jaxpr.outvars if isinstance(v, jex.Var)}
+    eqns = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in live for v in eqn.outvars):
+            live.update(v for v in eqn.invars if isinstance(v, jex.Var))
+            eqns.append(eqn)
+    used = [v in live for v in jaxpr.invars]
+    invars = [v for v, keep in zip(jaxpr.invars, used, strict=True) if keep]
+    debug = jaxpr.debug_info._replace(arg_names=None) if jaxpr.debug_info else None
+    small = jaxpr.replace(invars=invars, eqns=eqns[::-1], debug_info=debug)
+    return jex.ClosedJaxpr(small, closed.consts), used
+
+
+@deferred_p.def_impl
+def _impl(*args, jaxpr):
+    return jex.jaxpr_as_fun(jaxpr)(*args)
+
+
+@deferred_p.def_abstract_eval
+def _abstract_eval(*_, jaxpr):
+    return jaxpr.out_avals
+
+
+def _jvp(primals, tangents, *, jaxpr):
+    fun = jex.jaxpr_as_fun(jaxpr)
+    outs = deferred_p.bind(*primals, jaxpr=jaxpr)
+    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+    def tangent(*args):
+        point, moves = args[: len(primals)], args[len(primals) :]
+
+        def along(*values):
+            full = list(point)
+            for i, value in zip(moving, values, strict=True):
+                full[i] = value
+            return fun(*full)
+
+        return jax.jvp(along, tuple(point[i] for i in moving), tuple(moves))[1]
+
+    return outs, _bind(tangent, [*primals, *(tangents[i] for i in moving)])
+
+
+def _transpose(cts, *args, jaxpr):
+    fun = jex.jaxpr_as_fun(jaxpr)
+    linear = [ad.is_undefined_primal(a) for a in args]
+    avals = [a.aval for a, lin in zip(args, linear, strict=True) if lin]
+    known = [a for a, lin in zip(args, linear, strict=True) if not lin]
+    cts = [ad.instantiate_zeros(ct) for ct in cts]
+
+    def transposed(*values):
+        point, cts = values[: len(known)], values[len(known) :]
+
+        def of_linear(*moves):
+            rest, moves = iter(point), iter(moves)
+            return fun(*(next(moves if lin else rest) for lin in linear))
+
+        return jax.linear_transpose(of_linear, *avals)(list(cts))
+
+    outs = iter(_bind(transposed, [*known, *cts]))
+    return [next(outs) if lin else None for lin in linear]
+
+
+def _batch(axis_data, args, dims, *, jaxpr):
+    if all(dim is None for dim in dims):
+        outs = deferred_p.bind(*args, jaxpr=jaxpr)
+        return outs, [None] * len(outs)
+    fun = jax.vmap(
+        jex.jaxpr_as_fun(jaxpr),
+        in_axes=tuple(dims),
+        axis_size=axis_data.size,
+        axis_name=axis_data.name,
+        spmd_axis_name=axis_data.spmd_name,
+    )
+    outs = _bind(fun, args)
+    return outs, [0] * len(outs)
+
+
+def _branch(*args, jaxpr):
+    """The function as the branch taken of a conditional that no pass over HLO can decide."""
+    never = [jnp.zeros(out.shape, out.dtype) for out in jaxpr.out_avals]
+    taken = _opaque_true(args)
+    if taken is None:
+        return _impl(*args, jaxpr=jaxpr)
+    return lax.cond(taken, jex.jaxpr_as_fun(jaxpr), lambda *_: never, *args)
+
+
+def _opaque_true(arrays: Sequence[jax.Array]) -> jax.Array | None:
+    """True, computed from the first element of every array; None if all arrays are empty.
+
+    k * (k + 1) is even for every k, also modulo 256. Integers, so that no NaN can get in, and
+    every array, so that one that happens to be constant does not decide it.
+    """
+    key = None
+    for array in arrays:
+        if not array.size or jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
+            continue
+        first = lax.slice(array, (0,) * array.ndim, (1,) * array.ndim).reshape(())
+        first = first.real if jnp.iscomplexobj(first) else first
+        if jnp.issubdtype(first.dtype, jnp.floating):
+            first = lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
+        first = first.astype(jnp.uint8)
+        key = first if key is None else key + first
+    return None if key is None else (key * (key + jnp.uint8(1))) & jnp.uint8(1) == 0
+
+
+_lower_plain = mlir.lower_fun(_impl, multiple_results=True)
+_lower_branch = mlir.lower_fun(_branch, multiple_results=True)
+
+
+def _lower_cpu(ctx, *args, **params):
+    """A branch on one device. Across devices its predicate would have to be communicated."""
+    devices = getattr(ctx.module_context.axis_context, "num_devices", None)
+    return (_lower_branch if devices == 1 else _lower_plain)(ctx, *args, **params)
+
+
+ad.primitive_jvps[deferred_p] = _jvp
+ad.primitive_transposes[deferred_p] = _transpose
+batching.fancy_primitive_batchers[deferred_p] = _batch
+# Elsewhere the compiler fuses the expansion into the dot, and a branch would be in its way.
+mlir.register_lowering(deferred_p, _lower_plain)
+mlir.register_lowering(deferred_p, _lower_cpu, platform="cpu")
