@@ -196,11 +196,14 @@ def _batch(axis_data, args, dims, *, jaxpr):
 
 def _branch(*args, jaxpr):
     """The function as the branch taken of a conditional that no pass over HLO can decide."""
-    never = [jnp.zeros(out.shape, out.dtype) for out in jaxpr.out_avals]
     taken = _opaque_true(args)
     if taken is None:
         return _impl(*args, jaxpr=jaxpr)
-    return lax.cond(taken, jex.jaxpr_as_fun(jaxpr), lambda *_: never, *args)
+
+    def never(*_):
+        return [jnp.zeros(out.shape, out.dtype) for out in jaxpr.out_avals]
+
+    return lax.cond(taken, jex.jaxpr_as_fun(jaxpr), never, *args)
 
 
 def _opaque_true(arrays: Sequence[jax.Array]) -> jax.Array | None:

@@ -167,12 +167,12 @@ def quantize(
       >>> quantize(w, jnp.ones((1, 1)), None, "int4", axes=-2).tolist()
       [[7], [-3]]
     """
-    fmt = int_format(format)
-    s = _spread(_once(scale), w.shape, axes, group_size)
-    q = jnp.round(_divide(w.astype(jnp.float32), s))
-    if zero_point is not None:
-        q = q + _spread(_once(zero_point), w.shape, axes, group_size)
-    return jnp.clip(q, fmt.qmin, fmt.qmax).astype(fmt.dtype)
+    fmt, spread = int_format(format), lambda x: _spread(_once(x), w.shape, axes, group_size)
+    x, lo, hi = _divide(w.astype(jnp.float32), spread(scale)), fmt.qmin, fmt.qmax
+    if zero_point is None:
+        return _round(jnp.clip(x, lo, hi)).astype(fmt.dtype)
+    zero = spread(zero_point)  # the bounds are integers: clipping before rounding is the same
+    return (_round(jnp.clip(x, lo - zero, hi - zero)) + _round(zero)).astype(fmt.dtype)
 
 
 def dequantize(
@@ -283,6 +283,16 @@ def _divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     depends on `x`.
     """
     return x / jnp.where(x == 0, 1.0, by).astype(x.dtype)
+
+
+def _round(x: jax.Array) -> jax.Array:
+    """`round(x)` modulo 256 as int32, halves to even, for `|x| < 2**22`.
+
+    At `1.5 * 2**23` float32 holds just the integers, so that the addition rounds, and the low bits
+    of the sum are those of the integer. XLA's own conversion to an integer checks for NaN and
+    range, which costs more than all the rest of the loop.
+    """
+    return jax.lax.bitcast_convert_type(x + jnp.float32(1.5 * 2**23), jnp.int32)
 
 
 def _once(x: jax.Array) -> jax.Array:
