@@ -31,9 +31,15 @@ def interleaved(
 
 
 def row(
-    what: str, ours: float, peer: str, theirs: float, *, at_least: float | None = None,
-    at_most: float | None = None, unit: str = "s",
-) -> Row:  # fmt: skip
+    what: str,
+    ours: float,
+    peer: str,
+    theirs: float,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    unit: str = "s",
+) -> Row:
     """A comparison. `at_least` bounds peer / ours (a speed-up), `at_most` ours / peer (a cost)."""
     if at_least is not None:
         ratio, target, ok = theirs / ours, f">= {at_least:g}x", theirs / ours >= at_least
@@ -42,9 +48,15 @@ def row(
     else:
         ratio, target, ok = ours / theirs, "reported", True
     return {
-        "what": what, "ours_s": ours, "peer": peer, "peer_s": theirs, "ratio": ratio,
-        "target": target, "ok": bool(ok), "unit": unit,
-    }  # fmt: skip
+        "what": what,
+        "ours_s": ours,
+        "peer": peer,
+        "peer_s": theirs,
+        "ratio": ratio,
+        "target": target,
+        "ok": bool(ok),
+        "unit": unit,
+    }
 
 
 def _figure(value: float, unit: str) -> str:

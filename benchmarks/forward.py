@@ -1,6 +1,6 @@
 """The forward pass on compressed leaves: tracing, running, and the memory it takes.
 
-    python benchmarks/forward.py [--quick]
+python benchmarks/forward.py [--quick]
 """
 
 from __future__ import annotations
@@ -97,8 +97,13 @@ def low_rank_forward(rounds: int) -> list[Row]:
         {"dense": lambda: dense(w, x), "ours": lambda: factored(small, x)}, rounds=rounds
     )
     return [
-        row("rank-256 forward, 2048 wide, batch 64", times["ours"], "dense forward",
-            times["dense"], at_least=3)  # fmt: skip
+        row(
+            "rank-256 forward, 2048 wide, batch 64",
+            times["ours"],
+            "dense forward",
+            times["dense"],
+            at_least=3,
+        )
     ]
 
 
@@ -141,8 +146,14 @@ def quantized_forward(rounds: int) -> list[Row]:
                 temporary = ours.memory_analysis().temp_size_in_bytes
                 bound = 4 * leaf + 2 * x.nbytes
                 rows.append(
-                    row(f"temporaries, {form} {name}, batch {batch}", temporary / 1e6,
-                        "4 dense leaves + activations", bound / 1e6, at_most=1, unit="MB")  # fmt: skip
+                    row(
+                        f"temporaries, {form} {name}, batch {batch}",
+                        temporary / 1e6,
+                        "4 dense leaves + activations",
+                        bound / 1e6,
+                        at_most=1,
+                        unit="MB",
+                    )
                 )
                 times = interleaved(
                     {
@@ -152,8 +163,12 @@ def quantized_forward(rounds: int) -> list[Row]:
                     rounds=rounds,
                 )
                 rows.append(
-                    row(f"time, {form} {name}, batch {batch}", times["ours"], "dense",
-                        times["dense"])  # fmt: skip
+                    row(
+                        f"time, {form} {name}, batch {batch}",
+                        times["ours"],
+                        "dense",
+                        times["dense"],
+                    )
                 )
     return rows
 

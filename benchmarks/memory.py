@@ -1,6 +1,6 @@
 """Peak memory of `compress` on a tree of 2 GB, each mode in a process of its own (Linux).
 
-    python benchmarks/memory.py [--quick]
+python benchmarks/memory.py [--quick]
 """
 
 from __future__ import annotations

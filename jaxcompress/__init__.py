@@ -42,8 +42,8 @@ from jaxcompress.sharing.spec import Codebook
 from jaxcompress.specs import LeafContext, Plan, Spec, chain
 
 __all__ = [
-    "CodebookArray",
     "Codebook",
+    "CodebookArray",
     "CompressError",
     "CompressedArray",
     "FileError",

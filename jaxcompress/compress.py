@@ -215,9 +215,9 @@ def trainable_mask(tree: Any) -> Any:
     `optax.masked` and, turned into labels, `optax.partition` take.
 
     Example:
-      >>> import jax.numpy as jnp, jaxcompress as jc
-      >>> mask = jc.trainable_mask({"w": jc.LowRank(1)(jnp.ones((2, 2))), "step": jnp.zeros((), int)})
-      >>> jax.tree.leaves(mask)
+      >>> import jax, jax.numpy as jnp, jaxcompress as jc
+      >>> tree = {"step": jnp.zeros((), int), "w": jc.LowRank(1)(jnp.ones((2, 2)))}
+      >>> jax.tree.leaves(jc.trainable_mask(tree))
       [False, True, True]
     """
 

@@ -231,5 +231,3 @@ _CONTROL: dict[str, Callable[[dict[str, Any], list[Any]], list[Any]]] = {
     "while": _while,
     "cond": _cond,
 }
-
-

@@ -92,9 +92,7 @@ def _reshape(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     probe, sizes = operands[i], params["new_sizes"]
     if params.get("dimensions") is not None:
         return NotImplemented
-    return probe.moved(
-        probe.value.reshape(sizes), _reshaped_labels(probe.shape, sizes, probe.axes)
-    )
+    return probe.moved(probe.value.reshape(sizes), _reshaped_labels(probe.shape, sizes, probe.axes))
 
 
 def _reshaped_labels(old: Sequence[int], new: Sequence[int], labels: Labels) -> Labels:
@@ -154,9 +152,7 @@ def _conv(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     if i == 1:
         features = params["dimension_numbers"].rhs_spec[0]
         inputs = [label for a, label in enumerate(probe.axes) if a != features]
-        probe.record.contracted.setdefault(
-            probe.path, (_joined(inputs), set(probe.axes[features]))
-        )
+        probe.record.contracted.setdefault(probe.path, (_joined(inputs), set(probe.axes[features])))
     return NotImplemented
 
 
@@ -212,7 +208,7 @@ def kernel_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
 
     jax.eval_shape(run, params, [x for t, x in zip(traced, leaves) if t])
     out = {}
-    for path, leaf in flatten(params)[0]:
+    for path in paths:
         found = record.contracted.get(path) or record.looked_up.get(path)
         if found is not None:
             inputs, outputs = found

@@ -56,8 +56,8 @@ def glob(pattern: str) -> re.Pattern[str]:
     is a set of characters.
 
     Example:
-      >>> bool(glob("**/kernel").fullmatch("kernel")), bool(glob("*/kernel").fullmatch("a/b/kernel"))
-      (True, False)
+      >>> [bool(glob(g).fullmatch("a/b/kernel")) for g in ("**/kernel", "*/kernel", "a/**")]
+      [True, False, True]
     """
     out, i = "", 0
     while i < len(pattern):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +119,7 @@ class CompressedArray:
         return f"{type(self).__name__}({head}, {self.describe()})"
 
 
+@dataclass_transform(frozen_default=True)
 def register_array(
     form: str,
     *,

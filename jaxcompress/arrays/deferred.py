@@ -170,8 +170,8 @@ def _transpose(cts, *args, jaxpr):
         point, cts = values[: len(known)], values[len(known) :]
 
         def of_linear(*moves):
-            rest, moves = iter(point), iter(moves)
-            return fun(*(next(moves if lin else rest) for lin in linear))
+            rest, moving = iter(point), iter(moves)
+            return fun(*(next(moving if lin else rest) for lin in linear))
 
         return jax.linear_transpose(of_linear, *avals)(list(cts))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -225,4 +224,3 @@ def _gather(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
         fill = params["fill_value"]
         rows = jnp.where(outside, jnp.nan if fill is None else fill, rows).astype(leaf.dtype)
     return rows
-

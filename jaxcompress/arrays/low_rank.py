@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from jaxcompress.arrays.base import (
     register_rule,
     try_rules,
 )
+from jaxcompress.errors import SpecError
 
 
 @register_array(
@@ -73,7 +73,7 @@ class LowRankArray(CompressedArray):
             and left.shape[:batch] == right.shape[:batch]
         )
         if not agree:
-            raise ValueError(
+            raise SpecError(
                 f"factors {left.shape} and {right.shape} do not meet in one rank: write left as "
                 "[*batch, *first, r] and right as [*batch, r, *last]"
             )
@@ -280,9 +280,3 @@ def _gather(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
             "preferred_element_type": leaf.dtype,
         },
     )
-
-
-def multiplications(leaf: LowRankArray) -> int:
-    """Multiplications of the factored matrix with one vector."""
-    b = leaf.batch_ndim
-    return math.prod(leaf.left.shape[b:]) + math.prod(leaf.right.shape[b:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -46,11 +45,11 @@ class QuantizedArray(GridArray):
 
     Example:
       >>> import jax.numpy as jnp, jaxcompress as jc
-      >>> w = jc.QuantizedArray.quantize(jnp.array([[-7.0, 3.0], [1.0, 6.0]]), "int4")
-      >>> w
-      QuantizedArray(float32[2, 2], int4)
-      >>> w.materialize().round(2).tolist()
-      [[-7.0, 2.5799999237060547], [1.0, 6.019999980926514]]
+      >>> w = jc.QuantizedArray.quantize(jnp.array([[-7.0, 3.4], [1.4, 7.0]]), "int4")
+      >>> w, w.nbytes
+      (QuantizedArray(float32[2, 2], int4), 6)
+      >>> w.materialize().tolist()
+      [[-7.0, 3.0], [1.0, 7.0]]
     """
 
     codes: Any
@@ -112,12 +111,13 @@ class QuantizedArray(GridArray):
         """Packs integer codes that were found elsewhere."""
         fmt = affine.int_format(format)
         packed: Any = codes
+        packed_zero: Any = zero_point
         if fmt.bits < 8:
             block = block_for(codes.shape[axis], fmt.bits, axis, group_size)
             packed = PackedArray.pack(codes, fmt.bits, axis=axis, signed=fmt.signed, block=block)
             if zero_point is not None:
-                zero_point = PackedArray.pack(zero_point, fmt.bits, axis=axis, signed=fmt.signed)
-        return cls(packed, scale, zero_point, axis, group_size, format, np.dtype(dtype))
+                packed_zero = PackedArray.pack(zero_point, fmt.bits, axis=axis, signed=fmt.signed)
+        return cls(packed, scale, packed_zero, axis, group_size, format, np.dtype(dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -148,8 +148,3 @@ class QuantizedArray(GridArray):
     def describe(self) -> str:
         group = "" if self.group_size is None else f"/{self.group_size}"
         return f"{self.format}{group}{'' if self.zero_point is None else ' affine'}"
-
-
-def bits_per_weight(leaf: CompressedArray) -> float:
-    """What a leaf takes per dense value, in bits, everything counted."""
-    return 8 * leaf.nbytes / math.prod(leaf.shape) if leaf.size else 0.0

@@ -17,6 +17,7 @@ from jaxcompress.arrays.base import (
     register_array,
 )
 from jaxcompress.arrays.packed import PackedArray
+from jaxcompress.errors import SpecError
 
 
 @register_array(
@@ -61,11 +62,11 @@ class SparseArray(CompressedArray):
         """Stores `w` where `mask` is true, in the smaller layout; concrete arrays only.
 
         Raises:
-          ValueError: when the weights of a stack keep different numbers of values.
+          SpecError: when the weights of a stack keep different numbers of values.
         """
         kept = np.unique(np.asarray(jnp.sum(mask, axis=tuple(range(batch_ndim, w.ndim)))))
         if len(kept) > 1:
-            raise ValueError(
+            raise SpecError(
                 f"the weights of a stack keep {kept.tolist()} values; they must keep equally many"
             )
         count = int(kept[0]) if len(kept) else 0
@@ -160,7 +161,7 @@ def best_layout(mask: jax.Array, kept: int, batch_ndim: int) -> tuple[str, int, 
     size = math.prod(mask.shape[batch_ndim:])
     best = (size, "bitmask", 1, size)
     if size >= 2**31:
-        raise ValueError(f"a weight of {size} values is too large for 32-bit positions; split it")
+        raise SpecError(f"a weight of {size} values is too large for 32-bit positions; split it")
     if kept and math.prod(mask.shape):
         count = jax.jit(jax.vmap(_entries, (0, None)), static_argnums=1)
         entries = np.asarray(count(mask.reshape(-1, size), kept)).max(axis=0)

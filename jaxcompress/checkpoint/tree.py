@@ -47,9 +47,7 @@ def encode(tree: Any, tensors: dict[str, Any], path: str = "") -> Any:
             if not isinstance(name, (str, int)) or isinstance(name, bool):
                 raise FileError(f"{path or 'the tree'}: key {name!r} is neither string nor integer")
         return {
-            "dict": [
-                [name, encode(tree[name], tensors, _join(path, str(name)))] for name in tree
-            ]
+            "dict": [[name, encode(tree[name], tensors, _join(path, str(name)))] for name in tree]
         }
     if type(tree) in (list, tuple):
         items = [encode(x, tensors, _join(path, str(i))) for i, x in enumerate(tree)]
@@ -72,7 +70,7 @@ def _join(path: str, name: str) -> str:
 
 def _encode_array(array: Any, tensors: dict[str, Any], path: str) -> Any:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        raise FileError(f"{path}: a typed random key cannot be saved; save jax.random.key_data of it")
+        raise FileError(f"{path}: a random key cannot be saved; save jax.random.key_data(key)")
     name = path or "array"
     while name in tensors:  # an integer and a string key may read alike
         name += "'"
@@ -212,9 +210,7 @@ def _read_leaf(node: dict[str, Any], reader: Reader) -> CompressedArray:
             f"{sorted(node['static'])}, are not those of {cls.__name__}: {sorted(cls.children)} "
             f"and {sorted(cls.static)}"
         )
-    children = {
-        name: decode(child, reader, lazy=False) for name, child in node["children"].items()
-    }
+    children = {name: decode(child, reader, lazy=False) for name, child in node["children"].items()}
     static = {name: _from_json(value) for name, value in node["static"].items()}
     try:
         leaf = cls(**children, **static)

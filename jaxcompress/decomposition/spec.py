@@ -47,7 +47,7 @@ class LowRank(Spec):
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
-            raise SpecError("LowRank takes one of rank and energy: LowRank(64), LowRank(energy=0.9)")
+            raise SpecError("write one of rank and energy: LowRank(64) or LowRank(energy=0.9)")
         if self.rank is not None and (isinstance(self.rank, float) or self.rank < 1):
             raise SpecError(f"rank={self.rank}: write a whole number of at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
@@ -83,7 +83,7 @@ class LowRank(Spec):
         squares = squares.reshape(-1, squares.shape[-1])
         share = np.cumsum(squares, axis=-1)
         # The float64 sum's own last place decides whether energy=1 asks for a zero more.
-        wanted = self.energy * share[:, -1:] * (1 - 1e-12)
+        wanted = (self.energy or 1.0) * share[:, -1:] * (1 - 1e-12)
         return int(np.max(np.argmax(share >= wanted, axis=-1))) + 1
 
 

@@ -39,9 +39,8 @@ class Codebook(Spec):
 
     Example:
       >>> import jax.numpy as jnp, jaxcompress as jc
-      >>> leaf = jc.Codebook(bits=1)(jnp.array([[0.0, 0.1, 1.0, 1.1]]))
-      >>> leaf.centroids.round(3).tolist()
-      [0.05000000074505806, 1.0499999523162842]
+      >>> jc.Codebook(bits=1)(jnp.array([[0.0, 0.5, 2.0, 3.0]])).centroids.tolist()
+      [0.25, 2.5]
     """
 
     bits: int
