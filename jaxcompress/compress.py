@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,7 +39,8 @@ def compress(
       rules: `{pattern: spec}`, in order of precedence.
       key: a random key, for specs that draw.
       donate: delete each dense array once it is compressed. The input is gone then; with it, the
-        peak is the input and two leaves rather than the input and the output.
+        peak is the input and two leaves rather than the input and the output. An array that
+        occurs at several places of the tree is kept.
       progress: show a progress bar on standard error.
       axes: the input and output axes of leaves by path, from `kernel_axes`; the conventions of
         Flax for all others (see `default_axes`).
@@ -68,6 +70,7 @@ def compress(
         if hit is not None and hit[1] is not None:
             _check_static(path, leaf, *hit)
     todo = sum(hit is not None and hit[1] is not None for hit in hits)
+    uses = collections.Counter(id(leaf) for _, leaf in leaves)  # a tied leaf must outlive its first
     out: list[Any] = []
     with _bar(progress, "compressing", todo) as advance:
         while leaves:
@@ -76,7 +79,10 @@ def compress(
             if hit is None or hit[1] is None:
                 out.append(leaf.load() if isinstance(leaf, LazyArray) else leaf)
                 continue
-            out.append(_compress_leaf(path, leaf, hit[1], key, len(out), donate, axes or {}))
+            alone = uses[id(leaf)] == 1
+            out.append(
+                _compress_leaf(path, leaf, hit[1], key, len(out), donate and alone, axes or {})
+            )
             del leaf
             advance(path)
     return jax.tree.unflatten(structure, out)
@@ -166,13 +172,14 @@ def _map_leaves(fn: Callable[[CompressedArray], Any], tree: Any) -> Any:
 
 
 def decompress(tree: Any) -> Any:
-    """The tree with every compressed leaf as the dense array it stands for.
+    """The tree with every compressed leaf as the dense array it stands for; lazy leaves are read.
 
     Example:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> jc.decompress({"w": jc.Prune(0.5)(jnp.array([1.0, -2.0]))})
       {'w': Array([ 0., -2.], dtype=float32)}
     """
+    tree = jax.tree.map(lambda x: x.load() if isinstance(x, LazyArray) else x, tree)
     return _map_leaves(materialize, tree)
 
 
@@ -200,7 +207,11 @@ def nbytes(tree: Any) -> int:
     """
     total = 0
     for leaf in jax.tree.leaves(tree):
-        if hasattr(leaf, "dtype"):
+        if isinstance(leaf, LazyArray):
+            total += leaf.nbytes
+        elif hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            total += nbytes(jax.eval_shape(jax.random.key_data, leaf))
+        elif hasattr(leaf, "dtype"):
             total += int(np.prod(leaf.shape, dtype=np.int64)) * jnp.dtype(leaf.dtype).itemsize
         else:
             total += np.asarray(leaf).nbytes
@@ -233,7 +244,9 @@ def trainable_mask(tree: Any) -> Any:
                     for name in x.children
                 }
             )
-        return bool(above and jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+        if not hasattr(x, "dtype"):
+            return above and isinstance(x, (float, complex))
+        return above and bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
     return jax.tree.map(lambda x: mark(x, True), tree, is_leaf=is_compressed)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -42,10 +43,12 @@ class LazyArray:
 
     def __jax_array__(self) -> jax.Array:
         loaded = self.load()
-        return loaded.materialize() if hasattr(loaded, "materialize") else loaded
+        return jnp.asarray(loaded.materialize() if hasattr(loaded, "materialize") else loaded)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.__jax_array__(), dtype=dtype)
+        loaded = self.load()
+        dense = loaded.materialize() if hasattr(loaded, "materialize") else loaded
+        return np.asarray(dense, dtype=dtype)
 
     def __repr__(self) -> str:
         return f"LazyArray({np.dtype(self.dtype).name}{list(self.shape)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ _WRAPPERS = ("value", "raw_value")
 
 
 def path_str(path: Sequence[Any]) -> str:
-    """A key path as a user would type it: `/`-joined keys, without the suffixes of wrappers.
+    """A key path as a user would type it: its keys joined by `/`.
 
     Example:
       >>> import jax
@@ -34,26 +35,51 @@ def path_str(path: Sequence[Any]) -> str:
             case SequenceKey():
                 names.append(str(key.idx))
             case GetAttrKey():
-                if key.name not in _WRAPPERS:
-                    names.append(key.name)
+                names.append(key.name)
             case _:
                 names.append(str(key))
-    if len(names) > 1 and names[-1] in _WRAPPERS and not isinstance(path[-1], DictKey):
-        names.pop()
     return "/".join(names)
 
 
+def is_wrapper_key(key: Any) -> bool:
+    """Whether a key may lead into a wrapper of one value; it does if it has no sibling."""
+    return isinstance(key, GetAttrKey) and key.name in _WRAPPERS
+
+
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """The leaves of a tree with their paths, compressed leaves whole, and its structure."""
+    """The leaves of a tree with their paths, compressed leaves whole, and its structure.
+
+    The `.value` of an NNX variable or of a partitioning box is no part of a path; a field of that
+    name beside others is.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> flatten({"kernel": nn.Partitioned(1.0, (None,)), "pair": [2.0, 3.0]})[0]
+      [('kernel', 1.0), ('pair/0', 2.0), ('pair/1', 3.0)]
+    """
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
-    return [(path_str(path), leaf) for path, leaf in leaves], structure
+    children: dict[Any, set[Any]] = collections.defaultdict(set)
+    for path, _ in leaves:
+        for i, key in enumerate(path):
+            children[path[:i]].add(key)
+
+    def wrapper(path: Sequence[Any], i: int) -> bool:
+        return is_wrapper_key(path[i]) and len(children[path[:i]]) == 1
+
+    names = [
+        path_str([key for i, key in enumerate(path) if not wrapper(path, i)]) for path, _ in leaves
+    ]
+    return [(name, leaf) for name, (_, leaf) in zip(names, leaves)], structure
 
 
 def glob(pattern: str) -> re.Pattern[str]:
     """A path pattern as a regular expression.
 
     `*` and `?` stay within one key, `**` spans any number of keys (none as well), and `[abc]`
-    is a set of characters.
+    is a set of characters, `[!abc]` all others but `/`.
+
+    Raises:
+      RuleError: for a set that is none, such as `[z-a]`.
 
     Example:
       >>> [bool(glob(g).fullmatch("a/b/kernel")) for g in ("**/kernel", "*/kernel", "a/**")]
@@ -71,12 +97,16 @@ def glob(pattern: str) -> re.Pattern[str]:
             out, i = out + "[^/]", i + 1
         elif pattern[i] == "[" and "]" in pattern[i + 2 :]:
             end = pattern.index("]", i + 2)
-            body = pattern[i + 1 : end].replace("\\", r"\\")
-            body = "^" + body[1:] if body.startswith("!") else body.replace("^", r"\^")
-            out, i = out + f"[{body}]", end + 1
+            body = pattern[i + 1 : end]
+            start, body = ("[^/", body[1:]) if body.startswith("!") else ("[", body)
+            out += start + re.sub(r"[\\\[\]^&~|]", r"\\\g<0>", body) + "]"
+            i = end + 1
         else:
             out, i = out + re.escape(pattern[i]), i + 1
-    return re.compile(out.replace("/(?:[^/]+/)*.*", "/.*"))
+    try:
+        return re.compile(out, re.DOTALL)
+    except re.error as error:
+        raise RuleError(f"rule {pattern!r} is no pattern: {error}") from None
 
 
 def match(rules: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, Any] | None]:
@@ -85,6 +115,8 @@ def match(rules: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, Any
     Raises:
       RuleError: when a rule's pattern matches no path at all.
     """
+    if not isinstance(rules, Mapping):
+        raise RuleError(f"rules are a dict such as {{'**/kernel': spec}}, not {rules!r}")
     compiled = [(pattern, glob(pattern), spec) for pattern, spec in rules.items()]
     for pattern, expression, _ in compiled:
         if not any(expression.fullmatch(path) for path in paths):

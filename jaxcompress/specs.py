@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxcompress.arrays.base import CompressedArray, is_compressed
 from jaxcompress.errors import CompressError, SpecError
@@ -75,6 +77,11 @@ class Spec:
             axes = child_axes(leaf, name, child)
             changes[name] = self(child, LeafContext(path, axes, context.key))
         return leaf.replace(**changes)
+
+
+def is_count(x: Any, least: int, most: float = math.inf) -> bool:
+    """Whether `x` is a whole number within bounds; what specs ask of ranks, bits and sizes."""
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and least <= x <= most
 
 
 def child_axes(leaf: CompressedArray, name: str, child: Any) -> KernelAxes:

@@ -212,8 +212,8 @@ def _unpack(words: jax.Array, bits: int, axis: int) -> jax.Array:
     if q <= 4:
         codes = join(wide) >> position
     else:  # the first four bytes hold the first codes, the last four the others
-        low, high, skip = join(wide[:4]), join(wide[-4:]), np.uint32(8 * (q - 4))
-        codes = jnp.where(position + np.uint32(bits) <= 32, low >> position, high >> (position - skip))
+        low, high = join(wide[:4]) >> position, join(wide[-4:]) >> (position - 8 * (q - 4))
+        codes = jnp.where(position + bits <= 32, low, high)
     return (codes & np.uint32(2**bits - 1)).astype(jnp.uint8)
 
 

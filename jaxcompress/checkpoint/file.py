@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,20 +14,21 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors
-import safetensors.numpy
 from jax import numpy as jnp
 
-from jaxcompress.checkpoint.tree import NATIVE, Reader, decode, encode
+from jaxcompress.checkpoint.tree import Reader, decode, encode
 from jaxcompress.errors import FileError
 
 VERSION = 1
 _KEY = "jaxcompress"
 
+# Names of the dtypes in a safetensors header.
 _DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
     "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
 }  # fmt: skip
+_CODES = {name: code for code, name in _DTYPES.items()}
 
 
 def save(
@@ -38,7 +40,7 @@ def save(
     the compressed ones, named by path, and its header's metadata hold the structure of the tree
     and the forms of its leaves. It is written beside the target and renamed, so that a reader never
     sees half of it and an older file stays until the new one is whole. Equal trees give
-    equal bytes.
+    equal bytes: keys are sorted.
 
     Args:
       path: the file to write.
@@ -48,6 +50,7 @@ def save(
 
     Raises:
       FileError: for a leaf that cannot be saved, or metadata that are no strings.
+      OSError: when the folder is missing or the disk is full; an older file is left whole.
 
     Example:
       >>> import tempfile, os, jax.numpy as jnp, jaxcompress as jc
@@ -67,32 +70,48 @@ def save(
                 "use json.dumps for anything richer"
             )
         header[name] = value
-    arrays = {name: _storable(array) for name, array in sorted(tensors.items())}
-    _write(Path(path), arrays, header)
+    # The widest dtypes come first, so that every tensor lies at a multiple of its item size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    _write(Path(path), {name: tensors[name] for name in names}, header)
 
 
-def _storable(array: Any) -> np.ndarray:
-    out = np.ascontiguousarray(np.asarray(array)).reshape(array.shape)
-    return out if out.dtype.name in NATIVE else out.view(np.uint8)
+def _header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file, up to the first tensor.
+
+    Written here because the library keeps metadata in a hash map, in another order each time.
+    """
+    head: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, array in tensors.items():
+        start, end = end, end + array.size * array.dtype.itemsize
+        code = _CODES.get(array.dtype.name, "U8")
+        head[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
+def _write(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Writes beside the target, flushes to the disk, and renames."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
     try:
-        # One extra key at most is ours; sorted so that equal trees give equal bytes.
-        safetensors.numpy.save_file(arrays, name, metadata=dict(sorted(header.items())))
-        with open(name, "rb+") as file:
+        with open(handle, "wb") as file:
+            file.write(_header(tensors, metadata))
+            for array in tensors.values():  # one at a time comes from its device
+                file.write(_raw(array))
+            file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
-        if isinstance(error, safetensors.SafetensorError):
-            raise FileError(f"{path}: could not be written: {error}") from error
         raise
+
+
+def _raw(array: Any) -> memoryview:
+    little = np.asarray(array).astype(np.dtype(array.dtype).newbyteorder("<"), copy=False)
+    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
 
 
 def _umask() -> int:
@@ -122,7 +141,7 @@ def _described(path: Path, file: Any) -> Any:
     try:
         header = json.loads(text)
         version, tree = header["version"], header["tree"]
-    except (json.JSONDecodeError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise FileError(f"{path}: the header is damaged: {error!r}") from error
     if version != VERSION:
         raise FileError(
@@ -140,7 +159,7 @@ def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) 
     Args:
       path: the file.
       lazy: leave each leaf in the file as a `LazyArray` with its shape and dtype, which reads it
-        on `load()`; `compress` and `save` read such leaves one at a time.
+        on `load()`; `compress` reads such leaves one at a time. The file must stay as it is.
       like: a tree whose containers the result should have (NNX state, named tuples, frozen
         dicts); its leaves only count by their paths.
 
@@ -157,13 +176,16 @@ def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) 
         raise FileError(f"{path} is a folder; name the file in it")
     with _opened(path) as file:
         described = _described(path, file)
-        names = set(file.keys())
+        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        infos = {name: (tuple(v.get_shape()), v.get_dtype()) for name, v in views.items()}
 
         def info(name: str) -> tuple[tuple[int, ...], np.dtype]:
-            if name not in names:
+            if name not in infos:
                 raise FileError(f"{path}: the header names a tensor {name!r} that is not there")
-            view = file.get_slice(name)
-            return tuple(view.get_shape()), jnp.dtype(_DTYPES[view.get_dtype()])
+            shape, code = infos[name]
+            if code not in _DTYPES:
+                raise FileError(f"{path}: tensor {name!r} has the unknown dtype {code!r}")
+            return shape, jnp.dtype(_DTYPES[code])
 
         def read(name: str) -> np.ndarray:
             info(name)
@@ -173,10 +195,7 @@ def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) 
             with _opened(path) as again:
                 return again.get_tensor(name)
 
-        try:
-            tree = decode(described, Reader(info, read_later if lazy else read), lazy=lazy)
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise FileError(f"{path}: the header is damaged: {error!r}") from error
+        tree = decode(described, Reader(path, info, read_later if lazy else read), lazy=lazy)
     return tree if like is None else _into(path, like, tree)
 
 
@@ -184,8 +203,11 @@ def _into(path: Path, like: Any, tree: Any) -> Any:
     """The leaves of `tree` in the containers of `like`, matched by path."""
     from jaxcompress.rules import flatten
 
-    loaded = dict(flatten(tree)[0])
+    leaves = flatten(tree)[0]
+    loaded = dict(leaves)
     wanted, structure = flatten(like)
+    if len(loaded) < len(leaves):
+        raise FileError(f"{path} holds two leaves of one path; load it without `like`")
     missing = [name for name, _ in wanted if name not in loaded]
     extra = sorted(set(loaded) - {name for name, _ in wanted})
     if missing or extra:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import numpy as np
 from jaxcompress.arrays.base import CompressedArray, array_type, is_compressed
 from jaxcompress.errors import FileError
 from jaxcompress.lazy import LazyArray
-from jaxcompress.rules import path_str
+from jaxcompress.rules import is_wrapper_key, path_str
 
 # Names of the dtypes that a safetensors file knows and numpy can hold.
 NATIVE = {
@@ -26,7 +28,7 @@ NATIVE = {
 def encode(tree: Any, tensors: dict[str, Any], path: str = "") -> Any:
     """Describes a tree as JSON and collects its arrays under their paths in `tensors`.
 
-    Dicts, lists and tuples keep their kind. Other containers (NNX state, frozen dicts, named
+    Dicts, lists and tuples keep their kind, dicts by sorted keys. Other containers (NNX state, frozen dicts, named
     tuples) become dicts of their children, and wrappers of one value become the value.
 
     Raises:
@@ -46,8 +48,11 @@ def encode(tree: Any, tensors: dict[str, Any], path: str = "") -> Any:
         for name in tree:
             if not isinstance(name, (str, int)) or isinstance(name, bool):
                 raise FileError(f"{path or 'the tree'}: key {name!r} is neither string nor integer")
+        names = sorted(tree, key=lambda name: (isinstance(name, str), name))
         return {
-            "dict": [[name, encode(tree[name], tensors, _join(path, str(name)))] for name in tree]
+            "dict": [
+                [name, encode(tree[name], tensors, _join(path, str(name)))] for name in names
+            ]
         }
     if type(tree) in (list, tuple):
         items = [encode(x, tensors, _join(path, str(i))) for i, x in enumerate(tree)]
@@ -58,9 +63,9 @@ def encode(tree: Any, tensors: dict[str, Any], path: str = "") -> Any:
             f"{path or 'the tree'}: a {type(tree).__name__} cannot be saved; keep arrays, numbers "
             "and strings in the tree"
         )
+    if len(children) == 1 and is_wrapper_key(children[0][0][0]):
+        return encode(children[0][1], tensors, path)
     named = [(path_str(keys), child) for keys, child in children]
-    if len(named) == 1 and named[0][0] == "":
-        return encode(named[0][1], tensors, path)
     return {"dict": [[name, encode(child, tensors, _join(path, name))] for name, child in named]}
 
 
@@ -129,12 +134,25 @@ class Reader:
     """How a tensor is read, and what the file says of it.
 
     Attributes:
+      path: the file, for messages.
       info: shape and dtype of a tensor, by name.
       read: the tensor, by name.
     """
 
+    path: Path
     info: Callable[[str], tuple[tuple[int, ...], np.dtype]]
     read: Callable[[str], np.ndarray]
+
+
+@contextlib.contextmanager
+def _damage_told(reader: Reader) -> Iterator[None]:
+    """Whatever a damaged description sets off becomes one kind of error."""
+    try:
+        yield
+    except FileError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise FileError(f"{reader.path}: the header is damaged: {error!r}") from error
 
 
 def decode(node: Any, reader: Reader, *, lazy: bool) -> Any:
@@ -143,6 +161,11 @@ def decode(node: Any, reader: Reader, *, lazy: bool) -> Any:
     Raises:
       FileError: when the description is damaged or names a form that is not registered.
     """
+    with _damage_told(reader):
+        return _decode(node, reader, lazy)
+
+
+def _decode(node: Any, reader: Reader, lazy: bool) -> Any:
     match node:
         case None:
             return None
@@ -153,31 +176,40 @@ def decode(node: Any, reader: Reader, *, lazy: bool) -> Any:
             for item in items:
                 match item:
                     case [str() | int() as name, child]:
-                        out[name] = decode(child, reader, lazy=lazy)
+                        out[name] = _decode(child, reader, lazy)
                     case _:
                         raise FileError("the header's tree is damaged: a dict item is no pair")
             return out
         case {"list": [*items]}:
-            return [decode(x, reader, lazy=lazy) for x in items]
+            return [_decode(x, reader, lazy) for x in items]
         case {"tuple": [*items]}:
-            return tuple(decode(x, reader, lazy=lazy) for x in items)
+            return tuple(_decode(x, reader, lazy) for x in items)
         case {"array": str() as name}:
             shape, dtype = reader.info(name)
             if "dtype" in node:
                 dtype = _dtype(node["dtype"])
             if lazy:
                 size = math.prod(shape) * dtype.itemsize
-                return LazyArray(shape, dtype, size, lambda: _read_array(node, reader))
+                return LazyArray(shape, dtype, size, lambda: _later(_read_array, node, reader))
             return _read_array(node, reader)
         case {"form": str(), "static": dict(), "children": dict(), "shape": list(), "dtype": _}:
             if lazy:
                 size = sum(_nbytes(child, reader) for child in node["children"].values())
-                shape = tuple(node["shape"])
-                return LazyArray(
-                    shape, _dtype(node["dtype"]), size, lambda: _read_leaf(node, reader)
-                )
+                shape, dtype = _shape(node["shape"]), _dtype(node["dtype"])
+                return LazyArray(shape, dtype, size, lambda: _later(_read_leaf, node, reader))
             return _read_leaf(node, reader)
     raise FileError("the header's tree is damaged: an unknown kind of node")
+
+
+def _later(read: Callable[[Any, Reader], Any], node: Any, reader: Reader) -> Any:
+    with _damage_told(reader):
+        return read(node, reader)
+
+
+def _shape(sizes: list[Any]) -> tuple[int, ...]:
+    if not all(isinstance(n, int) and n >= 0 for n in sizes):
+        raise FileError(f"the header names an impossible shape {sizes}")
+    return tuple(sizes)
 
 
 def _nbytes(node: Any, reader: Reader) -> int:
@@ -189,11 +221,13 @@ def _nbytes(node: Any, reader: Reader) -> int:
     return sum(_nbytes(child, reader) for child in node.get("children", {}).values())
 
 
-def _read_array(node: dict[str, Any], reader: Reader) -> jax.Array:
+def _read_array(node: dict[str, Any], reader: Reader) -> jax.Array | np.ndarray:
     array = reader.read(node["array"])
     if "dtype" in node:
         array = array.view(_dtype(node["dtype"]))
-    return jnp.asarray(array)
+    # Without `jax_enable_x64` a jax array has no 64-bit dtype, and would lose half of the value.
+    narrowed = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
+    return array if narrowed else jnp.asarray(array)
 
 
 def _read_leaf(node: dict[str, Any], reader: Reader) -> CompressedArray:
@@ -210,7 +244,7 @@ def _read_leaf(node: dict[str, Any], reader: Reader) -> CompressedArray:
             f"{sorted(node['static'])}, are not those of {cls.__name__}: {sorted(cls.children)} "
             f"and {sorted(cls.static)}"
         )
-    children = {name: decode(child, reader, lazy=False) for name, child in node["children"].items()}
+    children = {name: _decode(child, reader, lazy=False) for name, child in node["children"].items()}
     static = {name: _from_json(value) for name, value in node["static"].items()}
     try:
         leaf = cls(**children, **static)

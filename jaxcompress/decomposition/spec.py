@@ -8,12 +8,13 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.low_rank import LowRankArray
 from jaxcompress.decomposition.svd import squared_singular_values, truncated_svd
 from jaxcompress.errors import SpecError
-from jaxcompress.specs import LeafContext, Plan, Spec
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class LowRank(Spec):
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
             raise SpecError("write one of rank and energy: LowRank(64) or LowRank(energy=0.9)")
-        if self.rank is not None and (isinstance(self.rank, float) or self.rank < 1):
+        if self.rank is not None and not is_count(self.rank, 1):
             raise SpecError(f"rank={self.rank}: write a whole number of at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise SpecError(f"energy={self.energy}: write a share in (0, 1], such as 0.95")
@@ -100,7 +101,10 @@ def _split(context: LeafContext, leaf: Any) -> int:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _spectrum(leaf: jax.Array, batch: int, middle: int) -> jax.Array:
-    return squared_singular_values(_matrix(leaf, batch, middle))
+    matrix = _matrix(leaf, batch, middle).astype(jnp.float32)
+    # Shares are what counts, and the squares of the largest magnitude must not overflow.
+    largest = jnp.max(jnp.abs(matrix), axis=(-1, -2), keepdims=True)
+    return squared_singular_values(matrix / jnp.where(largest > 0, largest, 1.0))
 
 
 def _matrix(leaf: jax.Array, batch: int, middle: int) -> jax.Array:

@@ -6,12 +6,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.errors import SpecError
 from jaxcompress.quantization import affine
-from jaxcompress.specs import LeafContext, Plan, Spec
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,15 @@ class Quantize(Spec):
     convention: str = "absmax"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.format, str):
+            raise SpecError(f"format={self.format!r}: write a name such as 'int8'")
         fmt = affine.int_format(self.format)
-        if self.group_size is not None and self.group_size < 1:
+        if self.group_size is not None and not is_count(self.group_size, 1):
             raise SpecError(f"group_size={self.group_size}: write a whole number of at least 1")
+        if not _is_floating(self.scale_dtype):
+            raise SpecError(
+                f"scale_dtype={self.scale_dtype!r}: write a floating dtype such as 'bfloat16'"
+            )
         if self.convention not in affine.CONVENTIONS:
             raise SpecError(
                 f"convention={self.convention!r}: write one of {', '.join(affine.CONVENTIONS)}"
@@ -80,6 +87,13 @@ class Quantize(Spec):
         return _QuantizePlan(dataclasses.replace(self, axis=axes, group_size=group))
 
 
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
+
+
 @dataclasses.dataclass(frozen=True)
 class _QuantizePlan(Plan):
     spec: Quantize
@@ -93,7 +107,7 @@ class _QuantizePlan(Plan):
             axes=axes,
             group_size=spec.group_size,
             symmetric=spec.symmetric,
-            scale_dtype=np.dtype(jax.numpy.dtype(spec.scale_dtype)),
+            scale_dtype=np.dtype(jnp.dtype(spec.scale_dtype)),
             convention=spec.convention,
         )
 
@@ -106,8 +120,8 @@ def resolve_axes(
         raise SpecError(f"{context.path}: a scalar has no axis to quantize along; leave it dense")
     if axis is None:
         return tuple(sorted(context.axes.input))
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    if not axes or any(not -leaf.ndim <= a < leaf.ndim for a in axes):
+    axes = axis if isinstance(axis, (tuple, list)) else (axis,)
+    if not axes or any(not isinstance(a, int) or not -leaf.ndim <= a < leaf.ndim for a in axes):
         raise SpecError(
             f"{context.path}: axis={axis} is not among the {leaf.ndim} axes of shape {leaf.shape}"
         )

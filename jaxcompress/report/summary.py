@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from jaxcompress.arrays.base import is_compressed
 from jaxcompress.compress import nbytes
 from jaxcompress.errors import CompressError
 from jaxcompress.rules import flatten
+
+if TYPE_CHECKING:  # rich is imported when a table is drawn, not with the package
+    from rich.console import Console
+    from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Summary:
         return self.before / self.after if self.after else float("nan")
 
     def __rich__(self) -> Table:
+        from rich.table import Table
+
         table = Table(title="jaxcompress")
         for name in ("leaf", "shape", "form"):
             table.add_column(name, overflow="fold")
@@ -64,16 +68,17 @@ class Summary:
         return table
 
     def __str__(self) -> str:
-        return self._render(Console(file=io.StringIO(), record=True, width=100))
+        return self._recorded(100).export_text().rstrip()
 
-    def _render(self, console: Console) -> str:
+    def _recorded(self, width: int) -> Console:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), record=True, width=width)
         console.print(self)
-        return console.export_text().rstrip()
+        return console
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), record=True, width=120)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return self._recorded(120).export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def __repr__(self) -> str:
         return (

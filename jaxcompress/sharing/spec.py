@@ -6,12 +6,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxcompress.arrays.codebook import CodebookArray
 from jaxcompress.arrays.packed import PackedArray, block_for
 from jaxcompress.errors import SpecError
 from jaxcompress.sharing.kmeans import assign, kmeans_1d
-from jaxcompress.specs import LeafContext, Plan, Spec
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count
 
 INITS = ("linear", "density", "random")
 
@@ -49,11 +50,11 @@ class Codebook(Spec):
     iterations: int = 50
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, float) or not 1 <= self.bits <= 8:
+        if not is_count(self.bits, 1, 8):
             raise SpecError(f"Codebook(bits={self.bits}): write a whole number from 1 to 8")
         if self.init not in INITS:
             raise SpecError(f"init={self.init!r}: write one of {', '.join(INITS)}")
-        if self.iterations < 0:
+        if not is_count(self.iterations, 0):
             raise SpecError(f"iterations={self.iterations}: write a whole number of at least 0")
 
     def plan(self, leaf: Any, context: LeafContext) -> Plan:
@@ -77,6 +78,8 @@ class _CodebookPlan(Plan):
         spec = self.spec
 
         def one(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if not w.size:  # everything was pruned
+                return jnp.zeros(w.shape, jnp.uint8), jnp.zeros(2**spec.bits, w.dtype)
             centroids = kmeans_1d(
                 w, 2**spec.bits, init=spec.init, iterations=spec.iterations, key=key
             )

@@ -10,14 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcompress.errors import SpecError
-from jaxcompress.quantization.affine import (
-    CONVENTIONS,
-    IntFormat,
-    affine_params,
-    dequantize,
-    int_format,
-    quantize,
+from jaxcompress.quantization import affine
+from jaxcompress.quantization.affine import CONVENTIONS, IntFormat, int_format
+
+# Compiled as a whole: step by step, each operation of each shape would be compiled alone.
+affine_params = jax.jit(
+    affine.affine_params,
+    static_argnums=1,
+    static_argnames=("axes", "group_size", "symmetric", "scale_dtype", "convention"),
 )
+quantize = jax.jit(affine.quantize, static_argnums=3, static_argnames=("axes", "group_size"))
+dequantize = jax.jit(affine.dequantize, static_argnames=("axes", "group_size", "dtype"))
 
 
 def weight(*shape, seed=0, scale=1.0):
@@ -31,11 +34,18 @@ def repeat(x, n, axis, group_size):
     return x if group_size is None else np.repeat(x, group_size, axis).take(np.arange(n), axis)
 
 
-def roundtrip(w, fmt, **kwargs):
-    scale, zero = affine_params(w, fmt, **kwargs)
+def steps(w, fmt, **kwargs):
+    scale, zero = affine.affine_params(w, fmt, **kwargs)
     where = {k: kwargs[k] for k in ("axes", "group_size") if k in kwargs}
-    codes = quantize(w, scale, zero, fmt, **where)
-    return scale, zero, codes, dequantize(codes, scale, zero, **where)
+    codes = affine.quantize(w, scale, zero, fmt, **where)
+    return scale, zero, codes, affine.dequantize(codes, scale, zero, **where)
+
+
+roundtrip = jax.jit(
+    steps,
+    static_argnums=1,
+    static_argnames=("axes", "group_size", "symmetric", "scale_dtype", "convention"),
+)
 
 
 def test_formats():
@@ -103,10 +113,8 @@ def test_codes_match_numpy_exactly_compiled_or_not(fmt, symmetric, group_size, a
     w = weight(96, 90)
     n, f = w.shape[axis], int_format(fmt)
 
-    def run(w):
-        return roundtrip(w, fmt, axes=axis, group_size=group_size, symmetric=symmetric)
-
-    plain, compiled = run(w), jax.jit(run)(w)
+    options = {"axes": axis, "group_size": group_size, "symmetric": symmetric}
+    plain, compiled = steps(w, fmt, **options), roundtrip(w, fmt, **options)
     for a, b in zip(plain, compiled):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     g = None if group_size is None else min(group_size, n)
@@ -168,15 +176,13 @@ def test_shapes(shape, axes, group_size, expected, symmetric):
         assert float(jnp.abs(out - w).max()) < 0.3 * float(jnp.abs(w).max())
 
 
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 97, 128, 131, 1000, 4096, 4099])
+@pytest.mark.parametrize("n", [1, 64, 65, 131, 1000, 4099])
 @pytest.mark.parametrize("axis", [-1, -2, -3])
 def test_ranges_of_any_length(n, axis):
     shape = [2, 3, 2]
     shape[axis] = n
     w = weight(*shape, seed=n)
-    scale, zero = affine_params(
-        w, "uint8", axes=axis, symmetric=False, scale_dtype=jnp.float32
-    )
+    scale, zero = affine_params(w, "uint8", axes=axis, symmetric=False, scale_dtype=jnp.float32)
     lo = np.minimum(np.asarray(w).min(axis, keepdims=True), 0)
     hi = np.maximum(np.asarray(w).max(axis, keepdims=True), 0)
     np.testing.assert_array_equal(scale, (hi - lo) / np.float32(255))
@@ -200,7 +206,7 @@ def test_groups_of_zeros(symmetric):
 
 
 @pytest.mark.parametrize("scale_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("size", [1e-42, 1e-38, 1e-30, 1e-10, 1e-6, 1.0, 1e6, 1e30, 3e38])
+@pytest.mark.parametrize("size", [1e-42, 1e-38, 1e-6, 1.0, 1e6, 3e38])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_scales_stay_normal_numbers(scale_dtype, size, symmetric):
     w = weight(32, 4, scale=1.0) / 5 * np.float32(size)
@@ -229,7 +235,7 @@ def test_narrow_weights_are_computed_in_float32(dtype):
     np.testing.assert_array_equal(np.asarray(out), np.asarray(wide[3].astype(dtype)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     bits=st.integers(2, 8),
     signed=st.booleans(),
@@ -280,7 +286,7 @@ def test_vmap_and_gradient():
 )
 def test_errors(kwargs):
     with pytest.raises(SpecError):
-        affine_params(jnp.ones((4, 4)), **kwargs)
+        affine.affine_params(jnp.ones((4, 4)), **kwargs)
 
 
 # Peers. torch and torchao multiply by the inverse of the scale, which is within two rounding
@@ -296,7 +302,7 @@ def assert_same_codes(ours, theirs, w, scale, zero=0):
     tie = near <= 2.0**-22 * (np.abs(quotient) + np.abs(zero) + 1)
     np.testing.assert_array_equal(ours[~tie], theirs[~tie])
     assert (np.abs(ours - theirs) <= 1).all()
-    assert tie.mean() < 0.01
+    assert tie.mean() < 0.1  # the greatest of a group lies on a half when scale = amax / 7.5
 
 
 @pytest.fixture
@@ -310,9 +316,7 @@ def torch():
 def test_torch_quantize_per_tensor_and_per_channel(torch, fmt):
     w = weight(64, 32)
     dtype = torch.qint8 if fmt == "int8" else torch.quint8
-    scale, zero = affine_params(
-        w, fmt, axes=(-2, -1), symmetric=False, scale_dtype=jnp.float32
-    )
+    scale, zero = affine_params(w, fmt, axes=(-2, -1), symmetric=False, scale_dtype=jnp.float32)
     ours = quantize(w, scale, zero, fmt, axes=(-2, -1))
     x = torch.tensor(np.asarray(w))
     theirs = torch.quantize_per_tensor(x, float(scale[0, 0]), int(zero[0, 0]), dtype)
