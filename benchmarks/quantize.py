@@ -3,7 +3,8 @@
     python benchmarks/quantize.py [--quick]
 
 Each side is one compiled program from the weight to what is stored. The plain pass is `2 * x`: it
-reads the 64 MB and writes 64 MB; quantizing reads them twice (range, codes) and writes 8 or 16 MB.
+reads the 64 MB and writes 64 MB (on Linux most of its time is the page faults of a fresh output of
+that size); quantizing reads them twice (range, codes) and writes 8 or 16 MB.
 qwix has no asymmetric uint8, so its int8 with the same range stands for it, and its int4 are left
 unpacked, a byte each. Materializing writes the 64 MB of float32 back.
 """
@@ -20,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from qwix._src.core import qarray
 
+from jaxcompress.arrays.affine import affine_params, dequantize, quantize
 from jaxcompress.arrays.bits import pack_bits, unpack_bits
-from jaxcompress.quantization.affine import affine_params, dequantize, quantize
 
 from common import Row, interleaved, row, show  # isort: skip
 

@@ -7,7 +7,6 @@ Six post-norm transformer blocks of width 384 (Devlin et al., *BERT*, 2019; Wang
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,11 +103,11 @@ class MiniLM(nn.Module):
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-# The published names of modules, and what they are called here; the first that matches counts.
+# The published names of modules, and what they are called here.
 _MODULES = [
     (r"embeddings\.(word|position|token_type)_embeddings", r"embeddings/\1"),
     (r"embeddings\.LayerNorm", "embeddings/norm"),
-    (r"encoder\.layer\.(\d+)\.attention\.self\.(\w+)", r"encoder/layer_\1/attention/\2"),
+    (r"encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)", r"encoder/layer_\1/attention/\2"),
     (r"encoder\.layer\.(\d+)\.attention\.output\.dense", r"encoder/layer_\1/attention/out"),
     (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm", r"encoder/layer_\1/attention_norm"),
     (r"encoder\.layer\.(\d+)\.intermediate\.dense", r"encoder/layer_\1/mlp/up"),
@@ -132,7 +131,7 @@ def convert(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
         if name.startswith(_UNUSED):
             continue
         module, _, kind = name.rpartition(".")
-        path = next((re.sub(old, new, module) for old, new in _MODULES if re.fullmatch(old, module)), None)
+        path = _path(module)
         if path is None:
             raise KeyError(f"tensor {name!r} has no place in MiniLM")
         if kind == "bias":
@@ -146,14 +145,29 @@ def convert(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     return unflatten_dict({path: jnp.asarray(x) for path, x in flat.items()}, sep="/")
 
 
+def _path(module: str) -> str | None:
+    for published, ours in _MODULES:
+        if found := re.fullmatch(published, module):
+            return found.expand(ours)
+    return None
+
+
 def load_params(folder: Path) -> dict[str, Any]:
     """The published float32 weights as a Flax parameter tree."""
     return convert(load_file(folder / "model.safetensors"))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The published tokenizer; `encode_texts` pads and cuts."""
+    """The published tokenizer, cutting at the 256 tokens that the model was made for."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    tokenizer.enable_truncation(256)
+    # A few lengths only, so that few programs are compiled.
+    tokenizer.enable_padding(pad_to_multiple_of=8)
     return tokenizer
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask, `[texts, length]` each, of texts padded to one length."""
+    encoded = tokenizer.encode_batch(list(texts))
+    tokens = np.array([text.ids for text in encoded], np.int32)
+    return tokens, np.array([text.attention_mask for text in encoded], np.int32)

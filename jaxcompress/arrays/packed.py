@@ -95,7 +95,7 @@ def block_for(length: int, bits: int, axis: int, group_size: int | None) -> int:
     A block never crosses a group, so that a shard boundary between groups cuts no word.
     """
     period = 8 // int(np.gcd(bits, 8))
-    if axis != -1 or length % period:
+    if axis != -1 or length % period or not length:
         return period
     run = length if group_size is None else group_size
     if length % run or run % period:

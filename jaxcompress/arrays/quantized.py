@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from jaxcompress.arrays import affine
 from jaxcompress.arrays.base import (
     CompressedArray,
     materialize,
@@ -15,7 +16,6 @@ from jaxcompress.arrays.base import (
 )
 from jaxcompress.arrays.grid import GridArray
 from jaxcompress.arrays.packed import PackedArray, block_for
-from jaxcompress.quantization import affine
 
 
 @register_array(

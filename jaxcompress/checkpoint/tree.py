@@ -28,8 +28,8 @@ NATIVE = {
 def encode(tree: Any, tensors: dict[str, Any], path: str = "") -> Any:
     """Describes a tree as JSON and collects its arrays under their paths in `tensors`.
 
-    Dicts, lists and tuples keep their kind, dicts by sorted keys. Other containers (NNX state, frozen dicts, named
-    tuples) become dicts of their children, and wrappers of one value become the value.
+    Dicts (by sorted keys), lists and tuples keep their kind. Other containers (NNX state, frozen
+    dicts, named tuples) become dicts of their children, and wrappers of one value become the value.
 
     Raises:
       FileError: for a leaf that is no array, number or string; names its path.
@@ -50,9 +50,7 @@ def encode(tree: Any, tensors: dict[str, Any], path: str = "") -> Any:
                 raise FileError(f"{path or 'the tree'}: key {name!r} is neither string nor integer")
         names = sorted(tree, key=lambda name: (isinstance(name, str), name))
         return {
-            "dict": [
-                [name, encode(tree[name], tensors, _join(path, str(name)))] for name in names
-            ]
+            "dict": [[name, encode(tree[name], tensors, _join(path, str(name)))] for name in names]
         }
     if type(tree) in (list, tuple):
         items = [encode(x, tensors, _join(path, str(i))) for i, x in enumerate(tree)]
@@ -244,7 +242,9 @@ def _read_leaf(node: dict[str, Any], reader: Reader) -> CompressedArray:
             f"{sorted(node['static'])}, are not those of {cls.__name__}: {sorted(cls.children)} "
             f"and {sorted(cls.static)}"
         )
-    children = {name: _decode(child, reader, lazy=False) for name, child in node["children"].items()}
+    children = {
+        name: _decode(child, reader, lazy=False) for name, child in node["children"].items()
+    }
     static = {name: _from_json(value) for name, value in node["static"].items()}
     try:
         leaf = cls(**children, **static)

@@ -50,7 +50,7 @@ class LowRank(Spec):
         if (self.rank is None) == (self.energy is None):
             raise SpecError("write one of rank and energy: LowRank(64) or LowRank(energy=0.9)")
         if self.rank is not None and not is_count(self.rank, 1):
-            raise SpecError(f"rank={self.rank}: write a whole number of at least 1")
+            raise SpecError(f"rank={self.rank!r}: write a whole number of at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise SpecError(f"energy={self.energy}: write a share in (0, 1], such as 0.95")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import re
 from typing import Any
 
@@ -56,9 +57,9 @@ class Prune(Spec):
     score: str = "magnitude"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity <= 1:
+        if not isinstance(self.sparsity, numbers.Real) or not 0 <= self.sparsity <= 1:
             raise SpecError(
-                f"sparsity={self.sparsity}: write the share to remove, from 0 to 1, such as 0.9"
+                f"sparsity={self.sparsity!r}: write the share to remove, from 0 to 1, such as 0.9"
             )
         if self.score not in SCORES:
             raise SpecError(f"score={self.score!r}: write one of {', '.join(SCORES)}")

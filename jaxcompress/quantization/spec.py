@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.arrays import affine
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.errors import SpecError
-from jaxcompress.quantization import affine
 from jaxcompress.specs import LeafContext, Plan, Spec, is_count
 
 

@@ -46,6 +46,7 @@ class Summary:
 
     def __rich__(self) -> Table:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title="jaxcompress")
         for name in ("leaf", "shape", "form"):
@@ -54,9 +55,9 @@ class Summary:
             table.add_column(name, justify="right")
         for row in self.rows:
             table.add_row(
-                row["path"],
+                Text(row["path"]),  # a plain string would be read as markup
                 "x".join(map(str, row["shape"])) or "scalar",
-                row["form"],
+                Text(row["form"]),
                 _size(row["before"]),
                 _size(row["after"]),
                 f"{row['bits']:.2f}",
@@ -73,7 +74,8 @@ class Summary:
     def _recorded(self, width: int) -> Console:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), record=True, width=width)
+        # In a notebook, a console would display the table as it is printed, and so twice.
+        console = Console(file=io.StringIO(), record=True, width=width, force_jupyter=False)
         console.print(self)
         return console
 

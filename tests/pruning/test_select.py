@@ -1,0 +1,177 @@
+"""Which weights stay, against sorts of numpy; and the layouts that store them."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import jaxcompress as jc
+from jaxcompress.arrays.sparse import best_layout
+from jaxcompress.pruning.select import kept_count, n_of_m_mask, top_mask
+
+
+def reference_mask(w, k):
+    """The k largest magnitudes by a stable sort: ties go to the lowest index."""
+    order = np.argsort(-np.abs(w.astype(np.float64)).reshape(-1), kind="stable")
+    mask = np.zeros(w.size, bool)
+    mask[order[:k]] = True
+    return mask.reshape(w.shape)
+
+
+def few_values(seed, n, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return rng.choice(np.round(rng.normal(size=97), 2), n).astype(dtype)
+
+
+@pytest.mark.parametrize("k", [0, 1, 500, 50_000, 99_999, 100_000])
+def test_top_mask_of_many_ties(k):
+    w = few_values(0, 100_000)
+    mask = np.asarray(top_mask(jnp.asarray(w), k))
+    assert mask.sum() == k
+    np.testing.assert_array_equal(mask, reference_mask(w, k))
+    if 0 < k < w.size:
+        threshold = np.partition(np.abs(w), -k)[-k]
+        assert np.abs(w[mask]).min() == threshold
+        assert np.abs(w[~mask]).max() <= threshold
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_top_mask_of_every_dtype_with_subnormals_and_signed_zeros(dtype):
+    info = ml_dtypes.finfo(dtype)
+    tiny = np.array(info.smallest_subnormal, dtype)
+    # In steps of the bit pattern: jax on CPU would compute with subnormals as zeros.
+    steps = np.arange(40).astype(np.uint32 if info.bits == 32 else np.uint16).view(dtype)
+    w = np.concatenate([steps, -steps, [tiny, -tiny, -0.0, 0.0, info.max, info.min]]).astype(dtype)
+    w = np.random.default_rng(0).permutation(w)
+    for k in range(w.size + 1):
+        mask = np.asarray(top_mask(jnp.asarray(w), k))
+        np.testing.assert_array_equal(mask, reference_mask(w, k))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(np.float32, st.sampled_from([(1,), (7,), (4, 6), (2, 3, 4)]),
+               elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, -3.0, 1e-40, 3e38])),
+    st.floats(0, 1),
+)  # fmt: skip
+def test_top_mask_keeps_exactly_the_rounded_count(w, sparsity):
+    k = kept_count(w.size, sparsity)
+    assert k == round(w.size * (1 - sparsity))
+    mask = np.asarray(top_mask(jnp.asarray(w), k))
+    np.testing.assert_array_equal(mask, reference_mask(w, k))
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (4, 8), (3, 5), (4, 4), (1, 1)])
+@pytest.mark.parametrize("axis", [-1, -2, 0])
+def test_n_of_m_against_brute_force(n, m, axis):
+    w = few_values(n * m, 3 * 11 * 8).reshape(3, 11, 8)
+    moved = np.moveaxis(w, axis, -1)
+    expected = np.zeros(moved.shape, bool)
+    for row in np.ndindex(moved.shape[:-1]):
+        for start in range(0, moved.shape[-1], m):
+            group = moved[row][start : start + m]
+            expected[row][start : start + m] = reference_mask(group, min(n, len(group)))
+    mask = n_of_m_mask(jnp.asarray(w), n, m, axis)
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(mask), axis, -1), expected)
+
+
+def test_n_of_m_tells_subnormals_apart():
+    w = jnp.array([1e-40, 2e-40, 3e-40, 0.0], jnp.float32)
+    assert n_of_m_mask(w, 2, 4, -1).tolist() == [False, True, True, False]
+
+
+def gap_entries(mask, bits):
+    """Entries by walking over the mask: a value after each gap, an escape per full code."""
+    escape, entries, gap = 2**bits - 1, 0, 0
+    for kept in mask.reshape(-1):
+        gap = gap + 1 if not kept else 0
+        if gap == escape:
+            entries, gap = entries + 1, 0
+        entries += bool(kept)
+    # Zeros after the last value need no entry.
+    rest = mask.size - 1 - int(np.flatnonzero(mask.reshape(-1))[-1])
+    return entries - rest // escape
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (37, 23)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99])
+def test_the_smaller_of_bit_mask_and_gaps_is_chosen(shape, sparsity):
+    w = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    leaf = jc.Prune(sparsity)(jnp.asarray(w))
+    kept = round(w.size * (1 - sparsity))
+    mask = reference_mask(w, kept)
+    # Entries of gaps come in multiples of 64, so that leaves of one shape share a program.
+    sizes = [-(-gap_entries(mask, bits) // 64) * 64 * bits // 8 for bits in range(2, 9)]
+    assert leaf.nbytes == 4 * kept + min(-(-w.size // 8), *sizes)
+    assert leaf.values.shape == (kept,)
+    np.testing.assert_array_equal(leaf.materialize(), np.where(mask, w, 0))
+    np.testing.assert_array_equal(leaf.mask(), mask)
+
+
+@pytest.mark.parametrize("place", [0, 1, 254, 255, 256, 4095, 99_999])
+def test_gaps_longer_than_every_code(place):
+    w = jnp.zeros(100_000).at[place].set(2.0)
+    leaf = jc.SparseArray.from_mask(w, w != 0)
+    assert leaf.layout == "gaps"
+    assert leaf.kept == 1
+    np.testing.assert_array_equal(leaf.materialize(), w)
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 1000])
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_fully_dense_and_fully_empty(n, fill):
+    w = jnp.full(n, fill)
+    leaf = jc.SparseArray.from_mask(w, w != 0)
+    assert leaf.kept == (n if fill else 0)
+    np.testing.assert_array_equal(leaf.materialize(), w)
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(bool, st.sampled_from([130, 700])), st.sampled_from(["bitmask", *range(2, 9)]))
+def test_every_layout_holds_every_mask(mask, layout):
+    from jaxcompress.arrays.sparse import encode
+
+    kept = int(mask.sum())
+    if layout == "bitmask" or not kept:
+        chosen = ("bitmask", 1, mask.size)
+    else:
+        chosen = ("gaps", layout, gap_entries(mask, layout) + 3)  # spare entries at the end
+    w = np.arange(1.0, mask.size + 1, dtype=np.float32)
+    leaf = encode(jnp.asarray(w), jnp.asarray(mask), kept, chosen, 0)
+    np.testing.assert_array_equal(leaf.materialize(), np.where(mask, w, 0))
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.97])
+def test_each_weight_of_a_stack_keeps_as_many(sparsity):
+    w = np.random.default_rng(5).normal(size=(3, 40, 50)).astype(np.float32)
+    w[1] *= 100  # one ranking over the stack would keep this layer alone
+    leaf = jc.Prune(sparsity)(jnp.asarray(w))
+    kept = round(2000 * (1 - sparsity))
+    assert leaf.values.shape == (3, kept)
+    expected = np.stack([np.where(reference_mask(x, kept), x, 0) for x in w])
+    np.testing.assert_array_equal(leaf.materialize(), expected)
+    one = jax.tree.map(lambda x: x[1], leaf)
+    np.testing.assert_array_equal(one.materialize(), expected[1])
+
+
+def test_a_stack_of_unequal_counts_is_refused():
+    w = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+    with pytest.raises(ValueError, match=r"keep \[1, 2\] values"):
+        jc.SparseArray.from_mask(w, w != 0, batch_ndim=1)
+
+
+def test_a_weight_beyond_32_bit_positions_is_refused():
+    with pytest.raises(ValueError, match="too large"):
+        best_layout(jax.ShapeDtypeStruct((2**31,), bool), 3, 0)
+
+
+def test_the_pattern_runs_along_the_inputs():
+    w = jax.random.normal(jax.random.key(0), (16, 6))
+    kept = jc.Prune(0.5, pattern="2:4")(w).mask()
+    np.testing.assert_array_equal(kept.reshape(4, 4, 6).sum(1), 2)
+    tree = jc.compress({"embedding": w.T}, {"**": jc.Prune(0.75, pattern="1:4")})
+    np.testing.assert_array_equal(tree["embedding"].mask().reshape(6, 4, 4).sum(2), 1)
