@@ -30,7 +30,7 @@ def run(quick: bool = False) -> list[Row]:
     """The rows."""
     n, k = (400_000 if quick else 4_000_000), 256
     values = np.random.default_rng(0).normal(size=n).astype(np.float32)
-    # Quantiles: from a linear start some clusters are empty, and scikit-learn moves those elsewhere.
+    # Quantiles: a linear start leaves clusters empty, and scikit-learn moves those elsewhere.
     start = np.quantile(values, (np.arange(k) + 0.5) / k).astype(np.float32)
     device = jnp.asarray(values)
     ours = jax.jit(lambda v: kmeans_1d(v, k, init=start, iterations=ITERATIONS))

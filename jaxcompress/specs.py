@@ -48,6 +48,15 @@ class Spec:
     Subclasses are frozen dataclasses of plain values, and define `plan`.
     """
 
+    def __repr__(self) -> str:
+        """The call that makes it, without what is default."""
+        words = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if value != field.default:
+                words.append(f"{field.name}={value!r}" if field.kw_only else repr(value))
+        return f"{type(self).__name__}({', '.join(words)})"
+
     def plan(self, leaf: jax.Array, context: LeafContext) -> Plan:
         """Decides all static facts: ranks, counts, axes. May read concrete values.
 

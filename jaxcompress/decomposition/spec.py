@@ -17,7 +17,7 @@ from jaxcompress.errors import SpecError
 from jaxcompress.specs import LeafContext, Plan, Spec, is_count
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LowRank(Spec):
     """The best approximation of a kernel by two factors, a truncated SVD.
 

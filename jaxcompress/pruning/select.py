@@ -88,9 +88,10 @@ def n_of_m_mask(scores: jax.Array, n: int, m: int, axis: int) -> jax.Array:
       [False, True, True, False, True]
     """
     length = scores.shape[axis]
-    moved = jnp.moveaxis(jnp.abs(scores.astype(jnp.float32)), axis, -1)
+    # Integer keys, because some backends compare subnormal floats as zeros.
+    moved = jnp.moveaxis(order_bits(scores).astype(jnp.int32), axis, -1)
     padding = [(0, 0)] * (moved.ndim - 1) + [(0, -length % m)]
-    groups = jnp.pad(moved, padding, constant_values=-1.0)
+    groups = jnp.pad(moved, padding, constant_values=-1)
     groups = groups.reshape(*groups.shape[:-1], groups.shape[-1] // m, m)
     rank = jnp.zeros(groups.shape, jnp.int32)
     place = jnp.arange(m)

@@ -20,7 +20,7 @@ from jaxcompress.specs import LeafContext, Plan, Spec
 SCORES = ("magnitude",)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Prune(Spec):
     """Keeps the weights of largest score and stores them sparsely.
 

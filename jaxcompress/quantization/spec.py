@@ -15,7 +15,7 @@ from jaxcompress.errors import SpecError
 from jaxcompress.specs import LeafContext, Plan, Spec, is_count
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Quantize(Spec):
     """Affine quantization, rounded to nearest, half to even.
 

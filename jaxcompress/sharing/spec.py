@@ -17,7 +17,7 @@ from jaxcompress.specs import LeafContext, Plan, Spec, is_count
 INITS = ("linear", "density", "random")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Codebook(Spec):
     """Replaces each weight by the nearest of `2**bits` centroids, found by k-means.
 

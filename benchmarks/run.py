@@ -1,0 +1,62 @@
+"""Runs every benchmark, each in a process of its own, and prints one table.
+
+    python benchmarks/run.py [--quick] [--json PATH] [NAME ...]
+
+Names are those of the files beside this one: quantize, kmeans, forward, memory, minilm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from common import Row, show
+
+HERE = Path(__file__).parent
+NAMES = ("quantize", "kmeans", "forward", "memory", "minilm")
+
+_CHILD = """
+import importlib, json, sys
+rows = importlib.import_module(sys.argv[1]).run(quick=sys.argv[2] == "True")
+json.dump(rows, open(sys.argv[3], "w"))
+"""
+
+
+def collect(name: str, quick: bool, folder: Path) -> list[Row]:
+    """The rows of one benchmark: alone in its process, so that no other's memory or threads count."""
+    out = folder / f"{name}.json"
+    command = [sys.executable, "-c", _CHILD, name, str(quick), str(out)]
+    subprocess.run(command, check=True, cwd=HERE)
+    return json.loads(out.read_text())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller inputs")
+    parser.add_argument("--json", type=Path, help="write all rows there as well")
+    args = parser.parse_args()
+    folder = HERE.parent / "build" / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for name in args.names or NAMES:
+        if name not in NAMES:
+            parser.error(f"{name!r} is none of {', '.join(NAMES)}")
+        found = collect(name, args.quick, folder)
+        show(name, found)
+        rows += found
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    missed = [row["what"] for row in rows if not row["ok"]]
+    print(
+        f"{len(rows) - len(missed)} of {len(rows)} targets met"
+        + "".join(f"\n  {m}" for m in missed)
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
