@@ -26,7 +26,7 @@ json.dump(rows, open(sys.argv[3], "w"))
 
 
 def collect(name: str, quick: bool, folder: Path) -> list[Row]:
-    """The rows of one benchmark: alone in its process, so that no other's memory or threads count."""
+    """The rows of one benchmark, which runs alone in a process of its own."""
     out = folder / f"{name}.json"
     command = [sys.executable, "-c", _CHILD, name, str(quick), str(out)]
     subprocess.run(command, check=True, cwd=HERE)

