@@ -102,9 +102,7 @@ def test_a_stack_is_compressed_weight_by_weight(spec):
     leaf = spec(stack)
     assert leaf.shape == stack.shape
     for i in range(3):
-        np.testing.assert_allclose(
-            leaf.materialize()[i], spec(stack[i]).materialize(), atol=1e-5
-        )
+        np.testing.assert_allclose(leaf.materialize()[i], spec(stack[i]).materialize(), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -122,7 +120,7 @@ def test_leaves_of_one_value(spec, shape):
     leaf = spec(jnp.full(shape, -3.0))
     dense = np.asarray(leaf.materialize())
     assert dense.shape == shape
-    if not (isinstance(spec, jc.Prune) or isinstance(spec, specs.Chain)):
+    if not (isinstance(spec, (jc.Prune, specs.Chain))):
         np.testing.assert_allclose(dense, -3.0, rtol=2**-8)
 
 

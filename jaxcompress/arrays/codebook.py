@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays.base import CompressedArray, cast, materialize, register_array
+from jaxcompress.arrays.base import materialize, register_array
 from jaxcompress.arrays.grid import GridArray
 
 
@@ -23,7 +22,8 @@ class CodebookArray(GridArray):
     """`w = centroids[indices]`: every weight is one of k shared values.
 
     Stacked weights have a codebook each: the leading axes of `centroids` are those of `indices`.
-    The centroids are trainable; their gradient is the sum over the weights that share them.
+    The centroids are trainable; their gradient is the sum over the weights that share them, so a
+    cast to a narrower dtype is done on the weights and the sum stays in the centroids' own.
 
     Attributes:
       indices: unsigned integers in the shape of the weights, a `PackedArray` below 8 bits.
@@ -65,11 +65,6 @@ class CodebookArray(GridArray):
         for _ in range(self.batch_ndim):
             look_up = jax.vmap(look_up)
         return look_up(materialize(self.centroids), materialize(self.indices))
-
-    def astype(self, dtype: Any) -> CompressedArray | None:
-        if not jnp.issubdtype(dtype, jnp.floating):
-            return None
-        return self.replace(centroids=cast(self.centroids, dtype))
 
     def cuts(self, axes: Any) -> bool:
         # The leading axes choose the codebook, and rows of it must stay together with it.

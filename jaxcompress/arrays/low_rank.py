@@ -205,6 +205,7 @@ def _conv(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
         leaf.right,
         {
             **_numbers(((feature,), (0,)), ((), ())),
+            "out_sharding": None,
             "precision": params["precision"],
             "preferred_element_type": params["preferred_element_type"],
         },
@@ -276,6 +277,7 @@ def _gather(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
         leaf.right,
         {
             **_numbers(((batch,), (0,)), ((), ())),
+            "out_sharding": None,
             "precision": None,
             "preferred_element_type": leaf.dtype,
         },
