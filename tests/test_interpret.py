@@ -387,7 +387,7 @@ def test_nested_and_forward_mode_and_second_order():
     np.testing.assert_allclose(
         jax.jacfwd(twice, 1)(leaf, x), jax.jacrev(fn, 1)(leaf.materialize(), x), atol=1e-5
     )
-    hessian = lambda run, expand: jax.hessian(lambda l: run(expand(leaf.replace(left=l)), x))(
+    hessian = lambda run, expand: jax.hessian(lambda left: run(expand(leaf.replace(left=left)), x))(
         leaf.left
     )
     np.testing.assert_allclose(

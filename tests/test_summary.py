@@ -92,5 +92,5 @@ def test_nnx_state():
 
 
 def test_different_trees_are_refused():
-    with pytest.raises(jc.CompressError, match="differ at .*'extra'"):
+    with pytest.raises(jc.CompressError, match=r"differ at .*'extra'"):
         jc.summary(PARAMS, {**SMALL, "extra": jnp.ones(2)})
