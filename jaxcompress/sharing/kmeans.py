@@ -56,8 +56,9 @@ def kmeans_1d(
     Alternates `a_i = argmin_j |w_i - c_j|` and `c_j = mean(w_i : a_i = j)`, which never raises
     `sum_i (w_i - c[a_i])**2`, until no centroid moves. The values are sorted once; a cluster is
     then a run of them, whose ends are found by binary search and whose sum is a difference of
-    prefix sums. Those are float32 within blocks of 64 values and compensated (two floats) across them,
-    so that a cluster of one outlier among millions loses nothing. An empty cluster keeps its centroid.
+    prefix sums. Those are float32 within blocks of 64 values and compensated (two floats)
+    across them, so that a cluster of one outlier among millions loses nothing. An empty cluster
+    keeps its centroid.
 
     Args:
       values: any shape and float dtype; computed in float32.
