@@ -249,7 +249,9 @@ def test_custom_rules_that_receive_a_leaf_keep_their_factor(form):
     same(odder, leaf, x)
     grad = jax.grad(lambda x: jc.compressed(odder)(leaf, x).sum())(x)
     plain = jax.grad(lambda x: (x @ leaf.materialize()).sum())(x)
-    np.testing.assert_allclose(grad, 5 * plain, rtol=1e-5)
+    # Each is a sum of 8 terms of at most 5 |w|, rounded to float32 once for each.
+    bound = 8 * 2.0**-23 * 5 * float(jnp.abs(leaf.materialize()).sum(1).max())
+    np.testing.assert_allclose(grad, 5 * plain, atol=bound, rtol=0)
 
 
 class Block(nn.Module):
@@ -289,7 +291,7 @@ def test_linen_model_with_everything(rules):
     variables = model.init(jax.random.key(0), ids)
     axes = jc.kernel_axes(model.apply, variables, ids)
     small = jc.compress(variables, {f"params/{k}": v for k, v in RULES[rules].items()}, axes=axes)
-    stacked = small["params"]["ScanBlock_0"]["Dense_0"]["kernel"]
+    stacked = small["params"]["ScanCheckpointBlock_0"]["Dense_0"]["kernel"]
     assert stacked.batch_ndim == 1  # stays small inside the scan
     dense = jc.decompress(small)
     key = {"dropout": jax.random.key(1)}
@@ -316,7 +318,8 @@ def test_nnx_through_split():
     assert jc.nbytes(small) < jc.nbytes(state) / 2
 
 
-def test_grouped_query_attention_in_plain_functions():
+@pytest.mark.parametrize("form", FEW)
+def test_grouped_query_attention_in_plain_functions(form):
     heads, kv, depth, width = 4, 2, 6, 24
     shapes = {"q": (width, heads * depth), "k": (width, kv * depth), "v": (width, kv * depth),
               "o": (heads * depth, width)}  # fmt: skip
@@ -338,10 +341,9 @@ def test_grouped_query_attention_in_plain_functions():
         return x + out.reshape(*x.shape[:2], -1) @ p["o"]
 
     x = normal((2, 5, width), 9)
-    for spec in SPECS.values():
-        small = jc.compress(params, {"[qkvo]": spec})
-        ours = jax.jit(jc.compressed(attention))(small, x)
-        np.testing.assert_allclose(ours, attention(jc.decompress(small), x), atol=2e-5)
+    small = jc.compress(params, {"[qkvo]": SPECS[form]})
+    ours = jax.jit(jc.compressed(attention))(small, x)
+    np.testing.assert_allclose(ours, jax.jit(attention)(jc.decompress(small), x), atol=2e-5)
 
 
 def test_low_rank_program_holds_no_product_of_its_factors():

@@ -99,11 +99,12 @@ class CompressedArray:
         """
 
         def place(child: Any) -> Any:
-            if isinstance(child, CompressedArray):
-                return child.shardings(sharding)
             if child is None:
                 return None
-            return fit_sharding(sharding, self.shape, child.shape)
+            if not isinstance(child, CompressedArray):
+                return fit_sharding(sharding, self.shape, child.shape)
+            whole = NamedSharding(sharding.mesh, PartitionSpec())
+            return child.shardings(sharding if child.ndim == self.ndim else whole)
 
         return self.replace(**{name: place(getattr(self, name)) for name in self.children})
 
@@ -113,10 +114,10 @@ class CompressedArray:
 
     def __repr__(self) -> str:
         try:
-            head = f"{np.dtype(self.dtype).name}{list(self.shape)}"
+            head = f"{np.dtype(self.dtype).name}{list(self.shape)}, {self.describe()}"
         except Exception:  # jax may hold placeholders in place of the children
-            head = "..."
-        return f"{type(self).__name__}({head}, {self.describe()})"
+            head = f"..., {self.form}"
+        return f"{type(self).__name__}({head})"
 
 
 @dataclass_transform(frozen_default=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from jaxcompress.arrays.base import materialize, register_array
+from jaxcompress.arrays.base import is_compressed, materialize, register_array
 from jaxcompress.arrays.grid import GridArray
 
 
@@ -80,4 +80,5 @@ class CodebookArray(GridArray):
         return NotImplemented if self.batch_ndim else super().reindexed(sources)
 
     def describe(self) -> str:
-        return f"codebook {self.centroids.shape[-1]}"
+        inner = f" of {self.centroids.describe()}" if is_compressed(self.centroids) else ""
+        return f"codebook {self.centroids.shape[-1]}{inner}"

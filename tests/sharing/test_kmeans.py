@@ -88,9 +88,12 @@ def test_a_lone_outlier_loses_nothing_among_a_million_values():
 def test_inertia_never_rises(init):
     values = draw("normal", 5000)
     key = jax.random.key(3)
-    errors = [
-        inertia(values, kmeans_1d(values, 12, init=init, iterations=i, key=key)) for i in range(12)
-    ]
+    centroids = kmeans_1d(values, 12, init=init, iterations=0, key=key)
+    step = jax.jit(lambda start: kmeans_1d(values, 12, init=start, iterations=1))
+    errors = [inertia(values, centroids)]
+    for _ in range(11):
+        centroids = step(centroids)
+        errors.append(inertia(values, centroids))
     assert np.all(np.diff(errors) <= 1e-5 * errors[0])
     assert errors[-1] < errors[0]
 
@@ -105,7 +108,8 @@ finite = st.floats(-1e3, 1e3, width=32)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.lists(finite, min_size=1, max_size=40), st.integers(1, 16))
+@given(st.sampled_from([1, 2, 7, 40]).flatmap(lambda n: st.lists(finite, min_size=n, max_size=n)),
+       st.sampled_from([1, 5, 16]))  # fmt: skip
 def test_codes_are_nearest_and_centroids_ordered(values, k):
     values = np.float32(values)
     centroids = np.asarray(kmeans_1d(values, k))
