@@ -75,7 +75,8 @@ def _encode_array(array: Any, tensors: dict[str, Any], path: str) -> Any:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         raise FileError(f"{path}: a random key cannot be saved; save jax.random.key_data(key)")
     name = path or "array"
-    while name in tensors:  # an integer and a string key may read alike
+    # An integer and a string key may read alike, and one name is the header's own.
+    while name in tensors or name == "__metadata__":
         name += "'"
     node = {"array": name}
     dtype = np.dtype(array.dtype)
