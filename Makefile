@@ -37,11 +37,11 @@ demo: $(BIN)/.core
 	$(BIN)/python examples/minilm.py
 
 test: $(BIN)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: $(BIN)/.dev
 	$(BIN)/python examples/assets.py
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -n auto -m 'slow or not slow'
 
 bench: $(BIN)/.bench
 	$(BIN)/python examples/assets.py

@@ -2,21 +2,27 @@
 
 The walk over a jaxpr needs four facts that are not part of jax's stable interface: how an
 equation is bound again, how many constants and carries a `scan` equation has, in which context an
-equation was traced, and what kind of value a traced function accepts. They differ between jax
-0.10 and 0.12; nothing outside this file knows.
+equation was traced, and what kind of value a traced function accepts. The primitive of
+`arrays/deferred.py` needs to cut a jaxpr, to register its rules, and to know for how many devices
+it is lowered. They differ between jax 0.10 and 0.12, or may in the next; nothing outside this file
+knows.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex_core
 import numpy as np
+from jax.interpreters import ad, batching, mlir
 
 Jaxpr = jex_core.Jaxpr
+ClosedJaxpr = jex_core.ClosedJaxpr
+Primitive = jex_core.Primitive
+Var = jex_core.Var
 JaxprEqn = jex_core.JaxprEqn
 Literal = jex_core.Literal
 
@@ -50,3 +56,70 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 def is_traceable(x: Any) -> bool:
     """Whether `x` is an array (concrete, traced, numpy or a typed PRNG key)."""
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
+
+
+def with_equations(jaxpr: Jaxpr, invars: Sequence[Any], eqns: Sequence[JaxprEqn]) -> Jaxpr:
+    """A jaxpr with fewer inputs and equations; the names of its arguments no longer fit."""
+    debug = jaxpr.debug_info._replace(arg_names=None) if jaxpr.debug_info else None
+    return jaxpr.replace(invars=list(invars), eqns=list(eqns), debug_info=debug)
+
+
+def register_derivatives(
+    primitive: Primitive,
+    jvp: Callable[..., Any],
+    transpose: Callable[..., Any],
+) -> None:
+    """Registers how a primitive of several results is differentiated.
+
+    Args:
+      primitive: the primitive.
+      jvp: `jvp(primals, tangents, moving, **params)` returns outputs and their tangents;
+        `moving` lists the inputs whose tangent is not zero, and only theirs may be read.
+      transpose: `transpose(cotangents, args, linear, **params)` returns a cotangent for each
+        input, None for those that are not linear; `args[i]` is an aval where `linear[i]`.
+    """
+
+    def of_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+        moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+        return jvp(primals, tangents, moving, **params)
+
+    def of_transpose(cts: Any, *args: Any, **params: Any) -> Any:
+        linear = [ad.is_undefined_primal(a) for a in args]
+        args = tuple(a.aval if lin else a for a, lin in zip(args, linear, strict=True))
+        return transpose([ad.instantiate_zeros(ct) for ct in cts], args, linear, **params)
+
+    ad.primitive_jvps[primitive] = of_jvp
+    ad.primitive_transposes[primitive] = of_transpose
+
+
+def register_batching(primitive: Primitive, rule: Callable[..., Any]) -> None:
+    """Registers `rule(vmap, args, dims, **params)`; `vmap` maps a function as the caller's does."""
+
+    def batch(axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
+        def vmap(fun: Callable[..., Any]) -> Callable[..., Any]:
+            return jax.vmap(
+                fun,
+                in_axes=tuple(dims),
+                axis_size=axis_data.size,
+                axis_name=axis_data.name,
+                spmd_axis_name=axis_data.spmd_name,
+            )
+
+        return rule(vmap, args, dims, **params)
+
+    batching.fancy_primitive_batchers[primitive] = batch
+
+
+def register_lowering(
+    primitive: Primitive, everywhere: Callable[..., Any], one_cpu: Callable[..., Any]
+) -> None:
+    """Registers the functions that a primitive lowers to: one for a single CPU device."""
+    plain = mlir.lower_fun(everywhere, multiple_results=True)
+    single = mlir.lower_fun(one_cpu, multiple_results=True)
+
+    def lower_cpu(ctx: Any, *args: Any, **params: Any) -> Any:
+        devices = getattr(ctx.module_context.axis_context, "num_devices", None)
+        return (single if devices == 1 else plain)(ctx, *args, **params)
+
+    mlir.register_lowering(primitive, plain)
+    mlir.register_lowering(primitive, lower_cpu, platform="cpu")

@@ -172,7 +172,10 @@ def test_an_optax_loop_trains_what_is_small():
     # Rank 2 of 6 bounds what training can reach; every form has a gradient that goes down.
     assert losses[-1] < 0.7 * losses[0]
     for name, (before, after) in {
-        "centroids": (small["embed"]["embedding"].centroids, trainable["embed"]["embedding"].centroids),
+        "centroids": (
+            small["embed"]["embedding"].centroids,
+            trainable["embed"]["embedding"].centroids,
+        ),
         "factor": (small["mlp"]["kernel"].left, trainable["mlp"]["kernel"].left),
     }.items():
         assert not np.array_equal(before, after), name

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+
+from jaxcompress import compat
 
 
 def deferred(fun: Callable[..., Any], *args: Any) -> Any:
@@ -57,7 +57,11 @@ def deferred(fun: Callable[..., Any], *args: Any) -> Any:
 
 
 def deferred_primitive(
-    primitive: Primitive, index: int, leaf: Any, operands: Sequence[Any], params: dict[str, Any]
+    primitive: compat.Primitive,
+    index: int,
+    leaf: Any,
+    operands: Sequence[Any],
+    params: dict[str, Any],
 ) -> Any:
     """Binds a primitive with a leaf's dense array among its operands, in a deferred call.
 
@@ -86,8 +90,13 @@ def deferred_primitive(
 
 @functools.lru_cache(maxsize=1024)
 def _traced(
-    primitive: Primitive, index: int, tree: Any, avals: tuple[Any, ...], params: Any, mesh: Any
-) -> tuple[jex.ClosedJaxpr, list[bool]]:
+    primitive: compat.Primitive,
+    index: int,
+    tree: Any,
+    avals: tuple[Any, ...],
+    params: Any,
+    mesh: Any,
+) -> tuple[compat.ClosedJaxpr, list[bool]]:
     """The jaxpr of one expansion, traced once for all layers of the same shapes."""
     del mesh  # a part of the key only: the avals may be sharded over it
 
@@ -100,7 +109,7 @@ def _traced(
     return _pruned(jax.make_jaxpr(run)(*avals))
 
 
-deferred_p = Primitive("deferred")
+deferred_p = compat.Primitive("deferred")
 deferred_p.multiple_results = True
 
 
@@ -110,24 +119,23 @@ def _bind(fun: Callable[..., Any], args: Sequence[Any]) -> list[Any]:
     return deferred_p.bind(*(a for a, u in zip(args, used, strict=True) if u), jaxpr=jaxpr)
 
 
-def _pruned(closed: jex.ClosedJaxpr) -> tuple[jex.ClosedJaxpr, list[bool]]:
+def _pruned(closed: compat.ClosedJaxpr) -> tuple[compat.ClosedJaxpr, list[bool]]:
     """`closed` without dead equations and unused inputs, and which inputs are used.
 
     The tangent of a dot in its activations does not need those activations: an unused argument
     would be kept as a residual all the same.
     """
     jaxpr = closed.jaxpr
-    live = {v for v in jaxpr.outvars if isinstance(v, jex.Var)}
+    live = {v for v in jaxpr.outvars if isinstance(v, compat.Var)}
     eqns = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in live for v in eqn.outvars):
-            live.update(v for v in eqn.invars if isinstance(v, jex.Var))
+            live.update(v for v in eqn.invars if isinstance(v, compat.Var))
             eqns.append(eqn)
     used = [v in live for v in jaxpr.invars]
     invars = [v for v, keep in zip(jaxpr.invars, used, strict=True) if keep]
-    debug = jaxpr.debug_info._replace(arg_names=None) if jaxpr.debug_info else None
-    small = jaxpr.replace(invars=invars, eqns=eqns[::-1], debug_info=debug)
-    return jex.ClosedJaxpr(small, closed.consts), used
+    small = compat.with_equations(jaxpr, invars, eqns[::-1])
+    return compat.ClosedJaxpr(small, closed.consts), used
 
 
 @deferred_p.def_impl
@@ -140,10 +148,9 @@ def _abstract_eval(*_, jaxpr):
     return jaxpr.out_avals
 
 
-def _jvp(primals, tangents, *, jaxpr):
+def _jvp(primals, tangents, moving, *, jaxpr):
     fun = jex.jaxpr_as_fun(jaxpr)
     outs = deferred_p.bind(*primals, jaxpr=jaxpr)
-    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
 
     def tangent(*args):
         point, moves = args[: len(primals)], args[len(primals) :]
@@ -159,12 +166,10 @@ def _jvp(primals, tangents, *, jaxpr):
     return outs, _bind(tangent, [*primals, *(tangents[i] for i in moving)])
 
 
-def _transpose(cts, *args, jaxpr):
+def _transpose(cts, args, linear, *, jaxpr):
     fun = jex.jaxpr_as_fun(jaxpr)
-    linear = [ad.is_undefined_primal(a) for a in args]
-    avals = [a.aval for a, lin in zip(args, linear, strict=True) if lin]
+    avals = [a for a, lin in zip(args, linear, strict=True) if lin]
     known = [a for a, lin in zip(args, linear, strict=True) if not lin]
-    cts = [ad.instantiate_zeros(ct) for ct in cts]
 
     def transposed(*values):
         point, cts = values[: len(known)], values[len(known) :]
@@ -179,18 +184,11 @@ def _transpose(cts, *args, jaxpr):
     return [next(outs) if lin else None for lin in linear]
 
 
-def _batch(axis_data, args, dims, *, jaxpr):
+def _batch(vmap, args, dims, *, jaxpr):
     if all(dim is None for dim in dims):
         outs = deferred_p.bind(*args, jaxpr=jaxpr)
         return outs, [None] * len(outs)
-    fun = jax.vmap(
-        jex.jaxpr_as_fun(jaxpr),
-        in_axes=tuple(dims),
-        axis_size=axis_data.size,
-        axis_name=axis_data.name,
-        spmd_axis_name=axis_data.spmd_name,
-    )
-    outs = _bind(fun, args)
+    outs = _bind(vmap(jex.jaxpr_as_fun(jaxpr)), args)
     return outs, [0] * len(outs)
 
 
@@ -225,19 +223,8 @@ def _opaque_true(arrays: Sequence[jax.Array]) -> jax.Array | None:
     return None if key is None else (key * (key + jnp.uint8(1))) & jnp.uint8(1) == 0
 
 
-_lower_plain = mlir.lower_fun(_impl, multiple_results=True)
-_lower_branch = mlir.lower_fun(_branch, multiple_results=True)
-
-
-def _lower_cpu(ctx, *args, **params):
-    """A branch on one device. Across devices its predicate would have to be communicated."""
-    devices = getattr(ctx.module_context.axis_context, "num_devices", None)
-    return (_lower_branch if devices == 1 else _lower_plain)(ctx, *args, **params)
-
-
-ad.primitive_jvps[deferred_p] = _jvp
-ad.primitive_transposes[deferred_p] = _transpose
-batching.fancy_primitive_batchers[deferred_p] = _batch
-# Elsewhere the compiler fuses the expansion into the dot, and a branch would be in its way.
-mlir.register_lowering(deferred_p, _lower_plain)
-mlir.register_lowering(deferred_p, _lower_cpu, platform="cpu")
+compat.register_derivatives(deferred_p, _jvp, _transpose)
+compat.register_batching(deferred_p, _batch)
+# The branch is for one CPU device. Across devices its predicate would have to be communicated, and
+# elsewhere the compiler fuses the expansion into the dot, where a branch would be in its way.
+compat.register_lowering(deferred_p, _impl, _branch)

@@ -157,9 +157,7 @@ def test_lazy_leaves_are_read_one_at_a_time(saved, monkeypatch):
     same(lazy["sparse_int4"].load(), eager["sparse_int4"])
     np.testing.assert_array_equal(jnp.asarray(lazy["int8"]), eager["int8"].materialize())
     np.testing.assert_array_equal(np.asarray(lazy["dense"]["bias"]), np.arange(5.0))
-    np.testing.assert_array_equal(
-        jc.decompress(lazy)["low_rank"], eager["low_rank"].materialize()
-    )
+    np.testing.assert_array_equal(jc.decompress(lazy)["low_rank"], eager["low_rank"].materialize())
     read = []
     load = jc.LazyArray.load
     monkeypatch.setattr(jc.LazyArray, "load", lambda self: read.append(self.shape) or load(self))

@@ -1,0 +1,82 @@
+"""The code of the README and of the guides runs, block after block, on a small model."""
+
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import jaxcompress as jc
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/index.md", "docs/guide.md", "docs/design.md"]
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(64)(nn.softmax(nn.Dense(64)(x)))
+
+
+class Mlp(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(64)(nn.gelu(nn.Dense(128)(x)))
+
+
+class Model(nn.Module):
+    """Has the names that the pages' rules match."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(32, 64)(ids)
+        x = Mlp(name="mlp")(Attention(name="attention")(x))
+        x = nn.BatchNorm(use_running_average=True)(x)
+        return nn.Dense(8, name="head")(x)
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What the pages take for granted."""
+    monkeypatch.chdir(tmp_path)
+    model, inputs = Model(), jnp.arange(6).reshape(2, 3)
+    variables = model.init(jax.random.key(0), inputs)
+    rules = {"**/kernel": jc.LowRank(4), "**/embedding": jc.Codebook(3)}
+    small = jc.compress(variables, rules)
+    trainable, _ = jc.partition(small)
+    tx = optax.adam(1e-3)
+
+    def loss_fn(variables, batch):
+        return jnp.mean(jc.compressed(model.apply)(variables, batch) ** 2)
+
+    return {
+        "jc": jc, "jax": jax, "jnp": jnp, "optax": optax, "model": model, "inputs": inputs,
+        "x": inputs, "batch": inputs, "params": variables, "variables": variables, "rules": rules,
+        "small": small, "tx": tx, "opt_state": tx.init(trainable), "loss_fn": loss_fn,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page, names, capsys):
+    found = blocks(page)
+    assert found
+    for code in found:
+        # The README's stand-in for the reader's own tree.
+        code = re.sub(r"^params = \.\.\..*$", "", code, flags=re.MULTILINE)
+        exec(compile(code, page, "exec"), names)
+    if page == "README.md":
+        assert names["logits"].shape == (2, 3, 8)
+        assert "total" in capsys.readouterr().out
+        assert jc.nbytes(names["small"]) < jc.nbytes(names["params"]) / 3
+    if page == "docs/guide.md":
+        before = names["trainable"]
+        after, _, loss = names["step"](before, names["opt_state"], names["batch"])
+        assert loss > 0
+        assert jax.tree.structure(after) == jax.tree.structure(before)
