@@ -58,6 +58,16 @@ def is_traceable(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
+def look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
+    """`table[indices]` for indices that are in bounds, placed like the indices.
+
+    On a mesh with Explicit axes a look-up must be told where its outcome lies.
+    """
+    place = jax.typeof(indices).sharding
+    explicit = jax.sharding.AxisType.Explicit in place.mesh.axis_types
+    return table.at[indices].get(mode="promise_in_bounds", out_sharding=place if explicit else None)
+
+
 def with_equations(jaxpr: Jaxpr, invars: Sequence[Any], eqns: Sequence[JaxprEqn]) -> Jaxpr:
     """A jaxpr with fewer inputs and equations; the names of its arguments no longer fit."""
     debug = jaxpr.debug_info._replace(arg_names=None) if jaxpr.debug_info else None

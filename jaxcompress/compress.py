@@ -126,6 +126,11 @@ def _check_static(path: str, leaf: Any, pattern: str, spec: Any) -> None:
             f"rule {pattern!r} matches {path!r}, which is {type(leaf).__name__} and no array; "
             f"put {path!r}: None before it"
         )
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise RuleError(
+            f"rule {pattern!r} matches {path!r}, which is a shape without values; write "
+            "jax.eval_shape(lambda params: jc.compress(params, rules), params)"
+        )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise RuleError(
             f"rule {pattern!r} matches {path!r} of dtype {leaf.dtype}, and only floating leaves "
@@ -222,8 +227,9 @@ def trainable_mask(tree: Any) -> Any:
     """A tree of booleans in the structure of `tree`: which arrays an optimizer should see.
 
     Dense floating arrays and the trainable children of compressed leaves (factors, centroids, kept
-    values); never codes, masks, indices or the scales of a storage leaf. It is what
-    `optax.masked` and, turned into labels, `optax.partition` take.
+    values); never codes, masks, indices or the scales of a storage leaf. `partition` splits a
+    tree by it, and it is the first half of that split that an optimizer should be given: integer
+    arrays have no gradients to update them by.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress import compat
@@ -63,16 +64,29 @@ def compressed(fn: F) -> F:
             args, kwargs = jax.tree.unflatten(tree, full)
             return fn(*args, **kwargs)
 
-        operands = [x for t, x in zip(traced, leaves) if t]
+        operands = [x if is_compressed(x) else jnp.asarray(x) for t, x in zip(traced, leaves) if t]
         closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(*map(_dense_aval, operands))
         outs = evaluate(closed.jaxpr, closed.consts, operands)
-        return jax.tree.unflatten(jax.tree.structure(out_shape), map(materialize, outs))
+        # A constant of the jaxpr is not yet a jax array.
+        outs = [jnp.asarray(materialize(x)) for x in outs]
+        return jax.tree.unflatten(jax.tree.structure(out_shape), outs)
 
     return wrapped  # type: ignore[return-value]
 
 
 def _dense_aval(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_compressed(x) else x
+    """An argument, or for a leaf the type of its dense array, shardings and mesh axes included."""
+    if not is_compressed(x):
+        return x
+    small, tree = jax.tree.flatten(x)
+    return _materialized_type(tree, tuple(map(jax.typeof, small)), jax.sharding.get_abstract_mesh())
+
+
+@functools.lru_cache(maxsize=1024)
+def _materialized_type(tree: Any, types: tuple[Any, ...], mesh: Any) -> Any:
+    del mesh  # a part of the key only: the types may be sharded over it
+    run = lambda *small: jax.tree.unflatten(tree, small).materialize()
+    return jax.make_jaxpr(run)(*types).out_avals[0]
 
 
 def evaluate(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

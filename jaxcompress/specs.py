@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxcompress.arrays.base import CompressedArray, is_compressed
 from jaxcompress.errors import CompressError, SpecError
@@ -71,8 +72,10 @@ class Spec:
             context = LeafContext("leaf", default_axes("leaf", leaf.ndim))
         if is_compressed(leaf):
             return self._inner(leaf, context)
+        leaf, mesh = _on_auto_axes(leaf)
         plan = self.plan(leaf, context)
-        return _apply(plan, leaf, context.key, _placement(plan, leaf, context.key))
+        out = _apply(plan, leaf, context.key, _placement(plan, leaf, context.key))
+        return out if mesh is None else _on_mesh(out, mesh)
 
     def _inner(self, leaf: CompressedArray, context: LeafContext) -> CompressedArray:
         if not leaf.inner:
@@ -86,6 +89,14 @@ class Spec:
             axes = child_axes(leaf, name, child)
             changes[name] = self(child, LeafContext(path, axes, context.key))
         return leaf.replace(**changes)
+
+
+def set_plain_numbers(spec: Spec) -> None:
+    """Turns the numpy numbers among a new spec's fields into plain ones, which files can hold."""
+    for field in dataclasses.fields(spec):  # type: ignore[arg-type]
+        value = getattr(spec, field.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(spec, field.name, value.item())
 
 
 def is_count(x: Any, least: int, most: float = math.inf) -> bool:
@@ -105,6 +116,33 @@ def child_axes(leaf: CompressedArray, name: str, child: Any) -> KernelAxes:
     return KernelAxes(
         tuple(range(-trailing, -trailing + inputs)), tuple(range(-trailing + inputs, 0))
     )
+
+
+def _on_auto_axes(leaf: Any) -> tuple[Any, Mesh | None]:
+    """A leaf on a mesh with Explicit axes as it lies on the same mesh with Auto ones, and the mesh.
+
+    A sort or a running sum has no type under Explicit axes; where the outcome lies is settled by
+    `_placement` in any case.
+    """
+    sharding = _sharding(leaf)
+    if sharding is None or not isinstance(sharding.mesh, Mesh):
+        return leaf, None
+    mesh = sharding.mesh
+    if all(kind == AxisType.Auto for kind in mesh.axis_types):
+        return leaf, None
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+    return jax.device_put(leaf, NamedSharding(auto, sharding.spec)), mesh
+
+
+def _on_mesh(leaf: CompressedArray, mesh: Mesh) -> CompressedArray:
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), leaf)
+
+
+def _sharding(leaf: Any) -> NamedSharding | None:
+    """Where a concrete leaf lies that is spread over several devices of a mesh, else None."""
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    spread = isinstance(sharding, NamedSharding) and sharding.num_devices > 1
+    return sharding if spread else None
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
@@ -127,11 +165,10 @@ def _apply(plan: Plan, leaf: jax.Array, key: jax.Array | None, placement: Any) -
 
 def _placement(plan: Plan, leaf: Any, key: jax.Array | None) -> Any:
     """Shardings of the outcome for a leaf that lies over several devices, else None."""
-    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.num_devices == 1:
+    sharding = _sharding(leaf)
+    if sharding is None:
         return None
-    out = jax.eval_shape(plan.apply, leaf, key)
-    return out.shardings(sharding)
+    return jax.eval_shape(plan.apply, leaf, key).shardings(sharding)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

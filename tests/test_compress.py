@@ -30,8 +30,9 @@ def params():
         (jax.random.key(0), jc.RuleError, r"'a/w' of dtype key.*put 'a/w': None"),
         ("text", jc.RuleError, "'a/w', which is str and no array"),
         (3.5, jc.RuleError, "'a/w', which is float and no array"),
+        (jax.ShapeDtypeStruct((2, 2), jnp.float32), jc.RuleError, r"'a/w', which is a shape.*eval_"),
     ],
-    ids=["nan", "empty", "integers", "key", "text", "number"],
+    ids=["nan", "empty", "integers", "key", "text", "number", "shape"],
 )  # fmt: skip
 def test_a_leaf_that_cannot_be_compressed_is_named(leaf, error, text):
     tree = {"a": {"w": leaf, "ok": jnp.ones((2, 2))}}
@@ -68,6 +69,47 @@ def test_one_element_leaves(spec, value):
     leaf = jc.compress({"w": jnp.full((1, 1), value)}, {"w": spec})["w"]
     # A bfloat16 scale is within 2**-9, and code 127 (or 3) of it is that far from the value.
     np.testing.assert_allclose(leaf.materialize(), value, rtol=2**-8)
+
+
+BIG = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4e38}
+
+
+@pytest.mark.parametrize("dtype", BIG)
+@pytest.mark.parametrize("top", [1.0, 0.999, 0.996])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(jc.Quantize(f"int{b}", convention=c)
+          for b in (2, 4, 8) for c in ("absmax", "full", "no_clip")),
+        *(jc.Quantize(f"uint{b}", symmetric=False) for b in (2, 4, 8)),
+        jc.Codebook(2), jc.Prune(0.5),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_the_largest_finite_weights_stay_finite(spec, dtype, top):
+    big = BIG[dtype] * top
+    w = jnp.array([[-big, big], [big, big / 2], [-big / 3, big], [big, -big]], dtype)
+    out = np.asarray(jc.compress({"w": w}, {"w": spec})["w"].materialize().astype(jnp.float32))
+    assert np.isfinite(out).all()
+    step = 1.0  # a step of two bits is most of the range
+    if isinstance(spec, jc.Quantize):
+        # Half a step, and a scale that two units in the last place may lower.
+        step = {2: 1.05, 4: 0.16, 8: 0.02}[int(spec.format[-1])]
+    if not isinstance(spec, jc.Prune):
+        assert np.max(np.abs(out / big - np.asarray(w.astype(jnp.float32)) / big)) < step
+
+
+@pytest.mark.parametrize("dtype", BIG)
+@pytest.mark.parametrize("size", [1 / 8, 1e-20])
+def test_a_low_rank_of_very_large_and_small_weights(dtype, size):
+    # An eighth, for the terms of the product may each exceed their sum.
+    unit = jax.random.uniform(jax.random.key(0), (16, 12), minval=-1, maxval=1)
+    big = BIG[dtype] * (size if dtype != "float16" else max(size, 1e-6))
+    w = (unit * big).astype(dtype)
+    out = np.asarray(jc.LowRank(12)(w).materialize().astype(jnp.float32)) / big
+    # Of full rank: twelve products of factors that were rounded once.
+    bound = 12 * max(float(jnp.finfo(dtype).eps), 1.2e-7 * 4)
+    np.testing.assert_allclose(out, np.asarray(w.astype(jnp.float32)) / big, atol=bound)
 
 
 def test_unmatched_leaves_are_the_very_same():
@@ -184,15 +226,24 @@ def test_an_optax_loop_trains_what_is_small():
     np.testing.assert_array_equal(trained["out"][0].left.codes, small["out"][0].left.codes)
 
 
-def test_masks_label_a_tree_for_optax():
-    small = jc.compress(params(), RULES)
-    labels = jax.tree.map(lambda on: "train" if on else "keep", jc.trainable_mask(small))
-    tx = optax.partition({"train": optax.sgd(0.1), "keep": optax.set_to_zero()}, labels)
-    grads = jax.tree.map(jnp.ones_like, small)
-    updates, _ = tx.update(grads, tx.init(small), small)
-    moved = optax.apply_updates(small, updates)
-    np.testing.assert_allclose(moved["mlp"]["kernel"].left, small["mlp"]["kernel"].left - 0.1)
-    np.testing.assert_array_equal(moved["out"][0].left.codes, small["out"][0].left.codes)
+def test_labels_and_masks_of_optax_are_trees_like_the_trainable_half():
+    trainable, rest = jc.partition(jc.compress(params(), RULES))
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, _: "table" if "centroids" in jax.tree_util.keystr(path) else "rest", trainable
+    )
+    tx = optax.partition({"table": optax.set_to_zero(), "rest": optax.sgd(0.1)}, labels)
+    grads = jax.grad(lambda t: jc.compressed(forward)(jc.combine(t, rest), jnp.arange(3)).sum())(
+        trainable
+    )
+    updates, _ = tx.update(grads, tx.init(trainable), trainable)
+    moved = optax.apply_updates(trainable, updates)
+    left = trainable["mlp"]["kernel"].left
+    np.testing.assert_allclose(
+        moved["mlp"]["kernel"].left, left - 0.1 * grads["mlp"]["kernel"].left, rtol=1e-6
+    )
+    np.testing.assert_array_equal(
+        moved["embed"]["embedding"].centroids, trainable["embed"]["embedding"].centroids
+    )
 
 
 def test_bytes_are_counted_for_arrays_shapes_keys_and_numbers():

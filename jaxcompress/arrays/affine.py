@@ -128,15 +128,21 @@ def affine_params(
     axes = _axes(axes, w.ndim)
     lo, hi = _range(w, axes) if group_size is None else _group_range(w, axes[-1], group_size)
     levels = 2**fmt.bits - 1
+    largest = float(jnp.finfo(w.dtype).max)
     if not symmetric:
-        scale = _store(_divide(hi - lo, levels), scale_dtype)
+        # Halved, for the difference of the largest floats is none; the bits are the same.
+        wanted = 2 * _divide(hi / 2 - lo / 2, levels)
+        scale = _store(wanted, scale_dtype)
         zero = fmt.qmin - _divide(lo, scale.astype(jnp.float32))
-        return scale, jnp.round(jnp.clip(zero, fmt.qmin, fmt.qmax)).astype(fmt.dtype)
+        zero = jnp.round(jnp.clip(zero, fmt.qmin, fmt.qmax))
+        limit = largest / jnp.maximum(fmt.qmax - zero, zero - fmt.qmin)
+        return _store(wanted, scale_dtype, limit), zero.astype(fmt.dtype)
     if convention == "no_clip":
         scale = jnp.maximum(_divide(-lo, -fmt.qmin), _divide(hi, fmt.qmax))
     else:
         scale = _divide(jnp.maximum(-lo, hi), levels / 2 if convention == "full" else fmt.qmax)
-    return _store(scale, scale_dtype), None
+    codes = fmt.qmax if convention == "absmax" else -fmt.qmin
+    return _store(scale, scale_dtype, largest / codes), None
 
 
 def quantize(
@@ -147,6 +153,7 @@ def quantize(
     *,
     axes: int | Sequence[int],
     group_size: int | None = None,
+    narrow: bool = False,
 ) -> jax.Array:
     """The codes `clip(round(w / scale) + zero_point, qmin, qmax)`, halves rounded to even.
 
@@ -157,6 +164,7 @@ def quantize(
       format: such as `"int4"`.
       axes: as in `affine_params`; only `axes[-1]` matters, and only with groups.
       group_size: as in `affine_params`.
+      narrow: whether `qmin` is left out, so that codes are within `+-qmax`, as `absmax` has them.
 
     Returns:
       The codes, int8 or uint8, in the shape of `w`.
@@ -168,7 +176,7 @@ def quantize(
       [[7], [-3]]
     """
     fmt, spread = int_format(format), lambda x: _spread(_once(x), w.shape, axes, group_size)
-    x, lo, hi = _divide(w.astype(jnp.float32), spread(scale)), fmt.qmin, fmt.qmax
+    x, lo, hi = _divide(w.astype(jnp.float32), spread(scale)), fmt.qmin + narrow, fmt.qmax
     if zero_point is None:
         return _round(jnp.clip(x, lo, hi)).astype(fmt.dtype)
     zero = spread(zero_point)  # the bounds are integers: clipping before rounding is the same
@@ -306,9 +314,17 @@ def _once(x: jax.Array) -> jax.Array:
     return x / jnp.where(jnp.isnan(x), 2.0, 1.0)
 
 
-def _store(scale: jax.Array, dtype: Any) -> jax.Array:
+def _store(scale: jax.Array, dtype: Any, limit: jax.Array | float | None = None) -> jax.Array:
+    """The scale in its storage dtype, such that the greatest code times it is still finite.
+
+    `limit` is the largest value of the weight's dtype over the greatest code. It is lowered by one
+    unit in the last place, so that rounding to nearest cannot step over it.
+    """
     info = jnp.finfo(dtype)  # 0 and infinity would make NaN, and subnormals are often read as 0
-    kept = jnp.clip(scale, float(info.smallest_normal), float(info.max)).astype(dtype)
+    most: Any = float(info.max)
+    if limit is not None:
+        most = jnp.minimum(most, limit * (1 - float(info.eps)))
+    kept = jnp.clip(scale, float(info.smallest_normal), most).astype(dtype)
     return jnp.where(scale == 0, jnp.ones_like(kept), kept)
 
 

@@ -112,6 +112,9 @@ class CompressedArray:
         """The same leaf with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.materialize(), dtype=dtype)
+
     def __repr__(self) -> str:
         try:
             head = f"{np.dtype(self.dtype).name}{list(self.shape)}, {self.describe()}"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from jaxcompress import compat
 from jaxcompress.arrays.base import is_compressed, materialize, register_array
 from jaxcompress.arrays.grid import GridArray
 
@@ -22,8 +23,8 @@ class CodebookArray(GridArray):
     """`w = centroids[indices]`: every weight is one of k shared values.
 
     Stacked weights have a codebook each: the leading axes of `centroids` are those of `indices`.
-    The centroids are trainable; their gradient is the sum over the weights that share them, so a
-    cast to a narrower dtype is done on the weights and the sum stays in the centroids' own.
+    The centroids are trainable; their gradient is the sum over the weights that share them, taken
+    in float32 whatever their dtype (256 ones are all that a bfloat16 sum can count).
 
     Attributes:
       indices: unsigned integers in the shape of the weights, a `PackedArray` below 8 bits.
@@ -59,12 +60,16 @@ class CodebookArray(GridArray):
         return len(self.centroids.shape) - 1
 
     def materialize(self, key: jax.Array | None = None) -> jax.Array:
-        def look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
-            return table.at[indices].get(mode="promise_in_bounds")
+        centroids = materialize(self.centroids)
+        wide = centroids
+        if centroids.dtype.itemsize < 4:
+            # The same values; the transpose of the look-up then sums in float32.
+            wide = centroids.astype(np.float32)
 
+        look_up = compat.look_up
         for _ in range(self.batch_ndim):
             look_up = jax.vmap(look_up)
-        return look_up(materialize(self.centroids), materialize(self.indices))
+        return look_up(wide, materialize(self.indices)).astype(centroids.dtype)
 
     def cuts(self, axes: Any) -> bool:
         # The leading axes choose the codebook, and rows of it must stay together with it.

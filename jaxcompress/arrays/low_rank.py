@@ -165,7 +165,8 @@ def _dot_general(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     rank_axis = t.ndim - 1 if on_left else b + x_free
     far_rank = b if on_left else far.ndim - 1
     out = dot_general(
-        cast(t, x.dtype),
+        # As wide as the operands are together: x may be integers, or narrower than the factors.
+        t.astype(jnp.promote_types(x.dtype, leaf.dtype)),
         far,
         dict(params, **_numbers(((rank_axis,), (far_rank,)), (tuple(range(b)), leaf_batch))),
     )

@@ -94,6 +94,7 @@ class QuantizedArray(GridArray):
             fmt,
             axes=axes,
             group_size=group_size,
+            narrow=symmetric and convention == "absmax",
         )
         return cls.from_codes(codes, scale, zero_point, format, axes[-1], group_size, w.dtype)
 

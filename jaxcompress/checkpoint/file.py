@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,28 @@ def save(
                 "use json.dumps for anything richer"
             )
         header[name] = value
+    _check_text([*tensors, *header, *header.values(), *_strings(described)])
     # The widest dtypes come first, so that every tensor lies at a multiple of its item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     _write(Path(path), {name: tensors[name] for name in names}, header)
+
+
+def _strings(node: Any) -> Iterator[str]:
+    """All strings of a JSON value."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, (dict, list)):
+        for child in (*node.keys(), *node.values()) if isinstance(node, dict) else node:
+            yield from _strings(child)
+
+
+def _check_text(texts: Iterable[str]) -> None:
+    """Readers of the format refuse half of a surrogate pair, which is no text in UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise FileError(f"{text!r} is no valid text and cannot be saved: {error}") from error
 
 
 def _header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,10 @@ def encode(tree: Any, tensors: dict[str, Any], path: str = "") -> Any:
         return _encode_leaf(tree, tensors, path)
     if isinstance(tree, LazyArray):
         return encode(tree.load(), tensors, path)
+    if isinstance(tree, (jax.Array, np.ndarray, np.generic)):  # np.float64 is a float as well
+        return _encode_array(tree, tensors, path)
     if isinstance(tree, (bool, int, float, str)):
         return {"value": tree}
-    if isinstance(tree, (jax.Array, np.ndarray, np.generic)):
-        return _encode_array(tree, tensors, path)
     if isinstance(tree, Mapping):
         for name in tree:
             if not isinstance(name, (str, int)) or isinstance(name, bool):
@@ -93,21 +94,23 @@ def _encode_leaf(leaf: CompressedArray, tensors: dict[str, Any], path: str) -> A
         "form": leaf.form,
         "shape": list(leaf.shape),
         "dtype": np.dtype(leaf.dtype).name,
-        "static": {name: _to_json(getattr(leaf, name)) for name in leaf.static},
+        "static": {name: _to_json(getattr(leaf, name), f"{path}.{name}") for name in leaf.static},
         "children": {
             name: encode(getattr(leaf, name), tensors, f"{path}.{name}") for name in leaf.children
         },
     }
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: Any, path: str) -> Any:
     if isinstance(value, (np.dtype, type)):
         return {"dtype": np.dtype(value).name}
     if isinstance(value, tuple):
-        return {"tuple": [_to_json(v) for v in value]}
+        return {"tuple": [_to_json(v, path) for v in value]}
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise FileError(f"static value {value!r} is no plain value, dtype or tuple of them")
+    raise FileError(f"{path}: static value {value!r} is no plain value, dtype or tuple of them")
 
 
 def _from_json(value: Any) -> Any:
@@ -122,10 +125,13 @@ def _from_json(value: Any) -> Any:
 
 
 def _dtype(name: Any) -> np.dtype:
-    try:
-        return jnp.dtype(name)
-    except TypeError:
-        raise FileError(f"the header names an unknown dtype {name!r}") from None
+    # Numpy reads more than names, structured dtypes among them.
+    if isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        with contextlib.suppress(TypeError):
+            dtype = jnp.dtype(name)
+            if dtype.name == name and dtype.kind in "biufcV":
+                return dtype
+    raise FileError(f"the header names an unknown dtype {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +154,9 @@ def _damage_told(reader: Reader) -> Iterator[None]:
     """Whatever a damaged description sets off becomes one kind of error."""
     try:
         yield
-    except FileError:
-        raise
+    except FileError as error:
+        told = str(error)
+        raise FileError(told if str(reader.path) in told else f"{reader.path}: {told}") from error
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise FileError(f"{reader.path}: the header is damaged: {error!r}") from error
 
@@ -161,10 +168,11 @@ def decode(node: Any, reader: Reader, *, lazy: bool) -> Any:
       FileError: when the description is damaged or names a form that is not registered.
     """
     with _damage_told(reader):
-        return _decode(node, reader, lazy)
+        return _decode(node, reader, lazy, "")
 
 
-def _decode(node: Any, reader: Reader, lazy: bool) -> Any:
+def _decode(node: Any, reader: Reader, lazy: bool, where: str) -> Any:
+    """One node; `where` is its path, for messages."""
     match node:
         case None:
             return None
@@ -175,14 +183,14 @@ def _decode(node: Any, reader: Reader, lazy: bool) -> Any:
             for item in items:
                 match item:
                     case [str() | int() as name, child]:
-                        out[name] = _decode(child, reader, lazy)
+                        out[name] = _decode(child, reader, lazy, _join(where, str(name)))
                     case _:
                         raise FileError("the header's tree is damaged: a dict item is no pair")
             return out
         case {"list": [*items]}:
-            return [_decode(x, reader, lazy) for x in items]
+            return _decode_items(items, reader, lazy, where)
         case {"tuple": [*items]}:
-            return tuple(_decode(x, reader, lazy) for x in items)
+            return tuple(_decode_items(items, reader, lazy, where))
         case {"array": str() as name}:
             shape, dtype = reader.info(name)
             if "dtype" in node:
@@ -195,14 +203,20 @@ def _decode(node: Any, reader: Reader, lazy: bool) -> Any:
             if lazy:
                 size = sum(_nbytes(child, reader) for child in node["children"].values())
                 shape, dtype = _shape(node["shape"]), _dtype(node["dtype"])
-                return LazyArray(shape, dtype, size, lambda: _later(_read_leaf, node, reader))
-            return _read_leaf(node, reader)
+                return LazyArray(
+                    shape, dtype, size, lambda: _later(_read_leaf, node, reader, where)
+                )
+            return _read_leaf(node, reader, where)
     raise FileError("the header's tree is damaged: an unknown kind of node")
 
 
-def _later(read: Callable[[Any, Reader], Any], node: Any, reader: Reader) -> Any:
+def _decode_items(items: list[Any], reader: Reader, lazy: bool, where: str) -> list[Any]:
+    return [_decode(x, reader, lazy, _join(where, str(i))) for i, x in enumerate(items)]
+
+
+def _later(read: Callable[..., Any], node: Any, reader: Reader, *where: str) -> Any:
     with _damage_told(reader):
-        return read(node, reader)
+        return read(node, reader, *where)
 
 
 def _shape(sizes: list[Any]) -> tuple[int, ...]:
@@ -229,23 +243,29 @@ def _read_array(node: dict[str, Any], reader: Reader) -> jax.Array | np.ndarray:
     return array if narrowed else jnp.asarray(array)
 
 
-def _read_leaf(node: dict[str, Any], reader: Reader) -> CompressedArray:
+def _read_leaf(node: dict[str, Any], reader: Reader, where: str) -> CompressedArray:
     form = node["form"]
     cls = array_type(form)
     if cls is None:
         raise FileError(
-            f"the file holds a leaf of form {form!r}, which is not registered here; import the "
-            "package that defines it before loading"
+            f"{where or 'the tree'} is a leaf of form {form!r}, which is not registered here; "
+            "import the package that defines it before loading"
         )
+    damaged = f"{where or 'the tree'}, a {form!r} leaf, is damaged"
     if set(node["children"]) != set(cls.children) or set(node["static"]) != set(cls.static):
         raise FileError(
-            f"the fields of a {form!r} leaf in the file, {sorted(node['children'])} and "
-            f"{sorted(node['static'])}, are not those of {cls.__name__}: {sorted(cls.children)} "
-            f"and {sorted(cls.static)}"
+            f"{damaged}: its fields {sorted(node['children'])} and {sorted(node['static'])} are "
+            f"not those of {cls.__name__}, {sorted(cls.children)} and {sorted(cls.static)}"
         )
     children = {
-        name: _decode(child, reader, lazy=False) for name, child in node["children"].items()
+        name: _decode(child, reader, False, f"{where}.{name}")
+        for name, child in node["children"].items()
     }
+    for name, child in children.items():
+        if not (
+            child is None or is_compressed(child) or isinstance(child, (jax.Array, np.ndarray))
+        ):
+            raise FileError(f"{damaged}: its {name} is {child!r} and no array")
     static = {name: _from_json(value) for name, value in node["static"].items()}
     try:
         leaf = cls(**children, **static)
@@ -256,10 +276,10 @@ def _read_leaf(node: dict[str, Any], reader: Reader) -> CompressedArray:
     except FileError:
         raise
     except Exception as error:
-        raise FileError(f"a {form!r} leaf in the file is damaged: {error}") from error
+        raise FileError(f"{damaged}: {error}") from error
     if not fits or shape != node["shape"] or dtype.name != node["dtype"]:
         raise FileError(
-            f"a {form!r} leaf in the file is damaged: its parts make {dtype.name}{shape}, the "
-            f"header says {node['dtype']}{node['shape']}"
+            f"{damaged}: its parts make {dtype.name}{shape}, the header says "
+            f"{node['dtype']}{node['shape']}"
         )
     return leaf

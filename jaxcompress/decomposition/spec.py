@@ -14,7 +14,8 @@ import numpy as np
 from jaxcompress.arrays.low_rank import LowRankArray
 from jaxcompress.decomposition.svd import squared_singular_values, truncated_svd
 from jaxcompress.errors import SpecError
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count
+from jaxcompress.numerics import unit_scale
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count, set_plain_numbers
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -47,6 +48,7 @@ class LowRank(Spec):
     energy: float | None = None
 
     def __post_init__(self) -> None:
+        set_plain_numbers(self)
         if (self.rank is None) == (self.energy is None):
             raise SpecError("write one of rank and energy: LowRank(64) or LowRank(energy=0.9)")
         if self.rank is not None and not is_count(self.rank, 1):
@@ -103,8 +105,8 @@ def _split(context: LeafContext, leaf: Any) -> int:
 def _spectrum(leaf: jax.Array, batch: int, middle: int) -> jax.Array:
     matrix = _matrix(leaf, batch, middle).astype(jnp.float32)
     # Shares are what counts, and the squares of the largest magnitude must not overflow.
-    largest = jnp.max(jnp.abs(matrix), axis=(-1, -2), keepdims=True)
-    return squared_singular_values(matrix / jnp.where(largest > 0, largest, 1.0))
+    _, inverse = unit_scale(jnp.max(jnp.abs(matrix), axis=(-1, -2), keepdims=True))
+    return squared_singular_values(matrix * inverse)
 
 
 def _matrix(leaf: jax.Array, batch: int, middle: int) -> jax.Array:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcompress.numerics import unit_scale
+
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
@@ -59,10 +61,9 @@ def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     wide = w.shape[-1] > w.shape[-2]
     a = w.astype(jnp.float32)
     a = jnp.swapaxes(a, -1, -2) if wide else a  # [..., long, short]
-    # Scaled by the largest magnitude, so that squaring neither overflows nor underflows.
-    scale = jnp.max(jnp.abs(a), axis=(-1, -2), keepdims=True)
-    scale = jnp.where(scale > 0, scale, 1.0)
-    a = a / scale
+    # Scaled to the largest magnitude, so that squaring neither overflows nor underflows.
+    scale, inverse = unit_scale(jnp.max(jnp.abs(a), axis=(-1, -2), keepdims=True))
+    a = a * inverse
     _, v = jnp.linalg.eigh(_matmul(jnp.swapaxes(a, -1, -2), a))
     v = v[..., ::-1][..., :rank]
     q, _ = jnp.linalg.qr(_matmul(a, v))  # [..., long, rank]

@@ -12,7 +12,7 @@ import numpy as np
 from jaxcompress.arrays import affine
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.errors import SpecError
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count, set_plain_numbers
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -59,6 +59,7 @@ class Quantize(Spec):
     convention: str = "absmax"
 
     def __post_init__(self) -> None:
+        set_plain_numbers(self)
         if not isinstance(self.format, str):
             raise SpecError(f"format={self.format!r}: write a name such as 'int8'")
         fmt = affine.int_format(self.format)
@@ -121,8 +122,8 @@ def resolve_axes(
     if axis is None:
         return tuple(sorted(context.axes.input))
     axes = axis if isinstance(axis, (tuple, list)) else (axis,)
-    if not axes or any(not isinstance(a, int) or not -leaf.ndim <= a < leaf.ndim for a in axes):
+    if not axes or any(not is_count(a, -leaf.ndim, leaf.ndim - 1) for a in axes):
         raise SpecError(
             f"{context.path}: axis={axis} is not among the {leaf.ndim} axes of shape {leaf.shape}"
         )
-    return tuple(sorted({a if a < 0 else a - leaf.ndim for a in axes}))
+    return tuple(sorted({int(a) if a < 0 else int(a) - leaf.ndim for a in axes}))

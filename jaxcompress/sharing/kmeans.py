@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress.errors import SpecError
+from jaxcompress.numerics import unit_scale
 
 # Values per block of the prefix sums. Within a block a float32 sum is off by at most
 # BLOCK * eps * max|w| = 4e-6 max|w| there; over blocks the sums are compensated.
@@ -92,6 +93,11 @@ def kmeans_1d(
     if n == 0:
         return jnp.zeros(k, jnp.float32)
     ordered = jnp.sort(values.reshape(-1).astype(jnp.float32))
+    # A sum of the largest floats overflows; all steps commute with a power of two.
+    scale, inverse = unit_scale(jnp.maximum(-ordered[0], ordered[-1]))
+    ordered = ordered * inverse
+    if not isinstance(init, str):
+        init = jnp.asarray(init, jnp.float32) * inverse
     start = _start(ordered, k, init, key)
     sum_below = _prefix_sums(ordered)
 
@@ -115,7 +121,7 @@ def kmeans_1d(
         return (state[0] < iterations) & state[2]
 
     _, centroids, _ = lax.while_loop(unfinished, step, (jnp.int32(0), start, jnp.bool_(True)))
-    return centroids
+    return centroids * scale
 
 
 def _start(ordered: jax.Array, k: int, init: str | Any, key: jax.Array | None) -> jax.Array:

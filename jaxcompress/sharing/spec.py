@@ -12,7 +12,7 @@ from jaxcompress.arrays.codebook import CodebookArray
 from jaxcompress.arrays.packed import PackedArray, block_for
 from jaxcompress.errors import SpecError
 from jaxcompress.sharing.kmeans import assign, kmeans_1d
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count, set_plain_numbers
 
 INITS = ("linear", "density", "random")
 
@@ -50,6 +50,7 @@ class Codebook(Spec):
     iterations: int = 50
 
     def __post_init__(self) -> None:
+        set_plain_numbers(self)
         if not is_count(self.bits, 1, 8):
             raise SpecError(f"Codebook(bits={self.bits!r}): write a whole number from 1 to 8")
         if self.init not in INITS:

@@ -91,6 +91,9 @@ def test_equal_trees_give_equal_bytes(saved, tmp_path):
         np.array(["7"], "S1").view(np.uint8),
         np.zeros((0, 4), np.float32),
         np.float32(2.5),
+        np.float64(2.5),
+        np.int64(2**40),
+        np.bool_(True),
         np.arange(4).astype(ml_dtypes.float8_e4m3fn),
         np.arange(-2, 2).astype(ml_dtypes.int4),
         np.arange(12.0)[::3],
@@ -195,6 +198,24 @@ def test_metadata_are_strings_and_not_ours(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_half_a_surrogate_pair_is_refused(tmp_path):
+    for tree, metadata in (({"\udc80": 1}, {}), ({"a": "\udc80"}, {}), ({}, {"a": "\udc80"})):
+        with pytest.raises(jc.FileError, match="no valid text"):
+            jc.save(tmp_path / "x", tree, metadata=metadata)
+    assert not list(tmp_path.iterdir())
+
+
+def test_specs_of_numpy_numbers_make_leaves_that_can_be_saved(tmp_path):
+    tree = {
+        "a": jc.Quantize("int4", group_size=np.int64(4), axis=np.int64(-2))(W),
+        "b": jc.Codebook(np.int32(3), iterations=np.int64(2))(W),
+        "c": jc.LowRank(np.int64(2))(W),
+        "d": jc.Prune(np.float32(0.5))(W),
+    }
+    jc.save(tmp_path / "x", tree)
+    same(jc.load(tmp_path / "x"), tree)
+
+
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     from jaxcompress.checkpoint import file
 
@@ -270,6 +291,29 @@ def test_a_newer_version_and_an_unknown_form(saved, tmp_path):
     same(lazy["int8"].load(), tree()["int8"])
     with pytest.raises(jc.FileError, match="not registered"):
         lazy["codebook"].load()
+
+
+@pytest.mark.parametrize("name", ["i4,(", "f4,f4", "2float32", "float32,", "O", "f4", "object", ""])
+def test_a_dtype_is_a_name_and_nothing_more(tmp_path, name):
+    jc.save(tmp_path / "x", {"w": np.ones(4).astype(ml_dtypes.float8_e4m3fn)})
+
+    def change(header):
+        return json.loads(json.dumps(header).replace("float8_e4m3fn", name))
+
+    rewritten(tmp_path / "x", tmp_path / "y", change)
+    with pytest.raises(jc.FileError, match="unknown dtype"):
+        jc.load(tmp_path / "y")
+
+
+def test_a_damaged_leaf_is_named(saved, tmp_path):
+    def change(header):
+        (node,) = (child for name, child in header["tree"]["dict"] if name == "int8")
+        node["children"]["scale"] = {"value": 3}
+        return header
+
+    rewritten(saved, tmp_path / "damaged", change)
+    with pytest.raises(jc.FileError, match=r"damaged: int8, a 'quantized' leaf.*its scale is 3"):
+        jc.load(tmp_path / "damaged")
 
 
 def places(node, path=()):

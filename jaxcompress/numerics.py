@@ -1,0 +1,33 @@
+"""Small numerical steps that several methods share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def unit_scale(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A power of two near a magnitude, and its inverse, both exact and normal float32.
+
+    Values of at most `largest` times the inverse are of magnitude below 8, so that they can be
+    squared and summed; multiplying back loses nothing. A division by the magnitude itself would
+    not do: a compiler may multiply by its inverse, which is subnormal above `2**126` and then
+    reads as zero.
+
+    Args:
+      largest: non-negative float32 of any shape. Zero, like all below `2**-126`, gives `2**-126`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [float(x) for x in unit_scale(jnp.float32(5.0))]
+      [4.0, 0.25]
+    """
+    exponent = jax.lax.bitcast_convert_type(largest.astype(jnp.float32), jnp.uint32) >> 23
+    exponent = jnp.clip(exponent, 1, 253)
+
+    def power(exponent: jax.Array) -> Any:
+        return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+    return power(exponent), power(254 - exponent)
