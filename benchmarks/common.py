@@ -16,17 +16,27 @@ Row = dict[str, Any]
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2
+    candidates: dict[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2, calls: int = 1
 ) -> dict[str, float]:
-    """The median seconds of each candidate, run in turn so that drift meets all alike."""
+    """The median seconds of each candidate, run in turn so that drift meets all alike.
+
+    The order rotates from round to round, for each candidate finds in the caches, and in the pages
+    just freed, what the one before it left.
+
+    A turn is `calls` calls, for candidates of a millisecond or so: as in a loop, each finds in the
+    caches what its own last call left there.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order = list(candidates.items())
     gc.collect()
     for n in range(rounds + warmup):
-        for name, run in candidates.items():
+        order = order[1:] + order[:1]
+        for name, run in order:
             start = time.perf_counter()
-            jax.block_until_ready(run())
+            for _ in range(calls):
+                jax.block_until_ready(run())
             if n >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start) / calls)
     return {name: float(np.median(t)) for name, t in times.items()}
 
 

@@ -83,7 +83,7 @@ def compile_seconds(fn: Callable[..., Any], *args: Any) -> float:
 
 def run(quick: bool = False) -> list[Row]:
     """All rows."""
-    rounds = 7 if quick else 25
+    rounds = 9 if quick else 45
     w = jax.random.normal(jax.random.key(0), (N, N))
     double = jax.jit(lambda x: x * 2)
     rows = []

@@ -164,9 +164,10 @@ def _dot_general(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     x_free = x.ndim - len(x_contract) - b
     rank_axis = t.ndim - 1 if on_left else b + x_free
     far_rank = b if on_left else far.ndim - 1
+    # As wide as the operands are together: x may be integers, or narrower than the factors.
+    wide = x.dtype if x.dtype == leaf.dtype else jnp.promote_types(x.dtype, leaf.dtype)
     out = dot_general(
-        # As wide as the operands are together: x may be integers, or narrower than the factors.
-        t.astype(jnp.promote_types(x.dtype, leaf.dtype)),
+        t if t.dtype == wide else t.astype(wide),
         far,
         dict(params, **_numbers(((rank_axis,), (far_rank,)), (tuple(range(b)), leaf_batch))),
     )

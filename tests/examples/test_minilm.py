@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -158,3 +159,12 @@ def test_int8_keeps_the_embeddings(reference, tmp_path):
     # 0.9998 to four digits; plain numpy on the same grid gives 0.99977.
     assert cosine.mean() >= 0.99975
     assert os.path.getsize(file) <= 23.7e6
+
+
+def test_the_benchmark_measures_rules_of_the_example(monkeypatch):
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)  # for `common`; the name of the file itself is taken
+    spec = importlib.util.spec_from_file_location("benchmark_of_minilm", folder / "minilm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert set(module.TARGETS) <= set(minilm.RULES)
