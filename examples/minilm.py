@@ -48,6 +48,13 @@ POSITIONS = {"**/position/embedding": INT8, "**/token_type/embedding": INT8}
 
 RULES: dict[str, Mapping[str, jc.Spec | None]] = {
     "int8-g64": {"**/kernel": INT8, "**/embedding": INT8},
+    # Smaller groups where an error costs most, and the two rows that meet every token left dense.
+    "int8-mixed": {
+        "**/token_type/embedding": None,
+        "**/attention/*/kernel": jc.Quantize("int8", group_size=32),
+        "**/kernel": INT8,
+        "**/embedding": INT8,
+    },
     "uint4-g32": {**POSITIONS, "**/kernel": UINT4, "**/embedding": UINT4},
     "int4-g64": {**POSITIONS, "**/kernel": INT4, "**/embedding": INT4},
     # These kernels are nearly of full rank, so that a low rank costs more here than it saves.
