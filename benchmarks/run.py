@@ -2,7 +2,7 @@
 
     python benchmarks/run.py [--quick] [--json PATH] [NAME ...]
 
-Names are those of the files beside this one: quantize, kmeans, forward, memory, minilm.
+Names are those of the files beside this one: imports, quantize, kmeans, forward, memory, minilm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from common import Row, show
 
 HERE = Path(__file__).parent
-NAMES = ("quantize", "kmeans", "forward", "memory", "minilm")
+NAMES = ("imports", "quantize", "kmeans", "forward", "memory", "minilm")
 # Where pages happen to lie moves a memory-bound program by a tenth from one process to the next,
 # so these run in several, and the median ratio of each row counts.
 PROCESSES = {"quantize": 5}
