@@ -31,3 +31,20 @@ def unit_scale(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
     return power(exponent), power(254 - exponent)
+
+
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` in another floating dtype, rounded even where it is cast back at once.
+
+    A compiler may drop a cast to bfloat16 and back (`xla_allow_excess_precision`). What is
+    computed from the result would then belong to other values than those that are stored.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(rounded(jnp.float32(1.001), jnp.bfloat16))
+      1.0
+    """
+    info = jnp.finfo(dtype)
+    if info.nmant < jnp.finfo(x.dtype).nmant:
+        x = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    return x.astype(dtype)

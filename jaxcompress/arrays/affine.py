@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.errors import SpecError
+from jaxcompress.numerics import rounded
 
 CONVENTIONS = ("absmax", "full", "no_clip")
 
@@ -324,7 +325,7 @@ def _store(scale: jax.Array, dtype: Any, limit: jax.Array | float | None = None)
     most: Any = float(info.max)
     if limit is not None:
         most = jnp.minimum(most, limit * (1 - float(info.eps)))
-    kept = jnp.clip(scale, float(info.smallest_normal), most).astype(dtype)
+    kept = rounded(jnp.clip(scale, float(info.smallest_normal), most), dtype)
     return jnp.where(scale == 0, jnp.ones_like(kept), kept)
 
 

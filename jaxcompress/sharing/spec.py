@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxcompress.arrays.codebook import CodebookArray
 from jaxcompress.arrays.packed import PackedArray, block_for
 from jaxcompress.errors import SpecError
+from jaxcompress.numerics import rounded
 from jaxcompress.sharing.kmeans import assign, kmeans_1d
 from jaxcompress.specs import LeafContext, Plan, Spec, is_count, set_plain_numbers
 
@@ -85,7 +86,7 @@ class _CodebookPlan(Plan):
                 w, 2**spec.bits, init=spec.init, iterations=spec.iterations, key=key
             )
             # Codes are found for the centroids as stored, in the dtype of the weights.
-            centroids = centroids.astype(w.dtype)
+            centroids = rounded(centroids, w.dtype)
             return assign(w, centroids), centroids
 
         for _ in range(self.batch_ndim):
