@@ -212,7 +212,7 @@ def kernel_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
         found = record.contracted.get(path) or record.looked_up.get(path)
         if found is not None:
             inputs, outputs = found
-            if inputs and max(outputs, default=0) > max(inputs):
+            if inputs and outputs and max(outputs) > max(inputs):
                 # Free axes on both sides of the inputs: those in front are a stack's, over which
                 # one input is shared, as by an `nn.vmap` of layers with `in_axes=None`.
                 outputs = {a for a in outputs if a > min(inputs)}

@@ -49,6 +49,13 @@ class Spec:
     Subclasses are frozen dataclasses of plain values, and define `plan`.
     """
 
+    def __post_init__(self) -> None:
+        """Turns numpy numbers into plain ones; a subclass that checks its fields calls it first."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
+
     def __repr__(self) -> str:
         """The call that makes it, without what is default."""
         words = []
@@ -89,14 +96,6 @@ class Spec:
             axes = child_axes(leaf, name, child)
             changes[name] = self(child, LeafContext(path, axes, context.key))
         return leaf.replace(**changes)
-
-
-def set_plain_numbers(spec: Spec) -> None:
-    """Turns the numpy numbers among a new spec's fields into plain ones, which files can hold."""
-    for field in dataclasses.fields(spec):  # type: ignore[arg-type]
-        value = getattr(spec, field.name)
-        if isinstance(value, np.generic):
-            object.__setattr__(spec, field.name, value.item())
 
 
 def is_count(x: Any, least: int, most: float = math.inf) -> bool:

@@ -105,7 +105,8 @@ def affine_params(
       symmetric: whether codes are centred on zero, without a zero point.
       scale_dtype: what the scale is rounded to. It is kept within the normal numbers of that
         dtype: a scale of zero or infinity would turn weights into NaN, and subnormal numbers
-        read as zero on hardware that flushes them.
+        read as zero on hardware that flushes them. Nor may the greatest code times it exceed
+        what the dtype of `w` holds.
       convention: of the symmetric scale, see above; ignored when affine.
 
     Returns:

@@ -165,7 +165,7 @@ def _dot_general(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     rank_axis = t.ndim - 1 if on_left else b + x_free
     far_rank = b if on_left else far.ndim - 1
     # As wide as the operands are together: x may be integers, or narrower than the factors.
-    wide = x.dtype if x.dtype == leaf.dtype else jnp.promote_types(x.dtype, leaf.dtype)
+    wide = jnp.promote_types(x.dtype, leaf.dtype)
     out = dot_general(
         t if t.dtype == wide else t.astype(wide),
         far,

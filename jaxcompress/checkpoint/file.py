@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def save(
     """
     tensors: dict[str, Any] = {}
     described = encode(tree, tensors)
-    header = {_KEY: json.dumps({"version": VERSION, "tree": described}, separators=(",", ":"))}
+    header = {_KEY: _json({"version": VERSION, "tree": described})}
     for name, value in (metadata or {}).items():
         if not isinstance(name, str) or not isinstance(value, str) or name == _KEY:
             raise FileError(
@@ -70,28 +70,20 @@ def save(
                 "use json.dumps for anything richer"
             )
         header[name] = value
-    _check_text([*tensors, *header, *header.values(), *_strings(described)])
     # The widest dtypes come first, so that every tensor lies at a multiple of its item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     _write(Path(path), {name: tensors[name] for name in names}, header)
 
 
-def _strings(node: Any) -> Iterator[str]:
-    """All strings of a JSON value."""
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, (dict, list)):
-        for child in (*node.keys(), *node.values()) if isinstance(node, dict) else node:
-            yield from _strings(child)
-
-
-def _check_text(texts: Iterable[str]) -> None:
-    """Readers of the format refuse half of a surrogate pair, which is no text in UTF-8."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise FileError(f"{text!r} is no valid text and cannot be saved: {error}") from error
+def _json(value: Any) -> str:
+    """JSON in UTF-8, which readers of the format insist on: no half of a surrogate pair."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.end + 20]
+        raise FileError(f"{near!r} is no valid text and cannot be saved: {error}") from error
+    return text
 
 
 def _header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
@@ -105,7 +97,7 @@ def _header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
         start, end = end, end + array.size * array.dtype.itemsize
         code = _CODES.get(array.dtype.name, "U8")
         head[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
-    text = json.dumps(head, separators=(",", ":")).encode()
+    text = _json(head).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

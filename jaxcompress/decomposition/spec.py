@@ -15,7 +15,7 @@ from jaxcompress.arrays.low_rank import LowRankArray
 from jaxcompress.decomposition.svd import squared_singular_values, truncated_svd
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count, set_plain_numbers
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -48,7 +48,7 @@ class LowRank(Spec):
     energy: float | None = None
 
     def __post_init__(self) -> None:
-        set_plain_numbers(self)
+        super().__post_init__()
         if (self.rank is None) == (self.energy is None):
             raise SpecError("write one of rank and energy: LowRank(64) or LowRank(energy=0.9)")
         if self.rank is not None and not is_count(self.rank, 1):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxcompress.arrays.sparse import SparseArray, best_layout, encode
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.select import kept_count, n_of_m_mask, top_mask
-from jaxcompress.specs import LeafContext, Plan, Spec, set_plain_numbers
+from jaxcompress.specs import LeafContext, Plan, Spec
 
 SCORES = ("magnitude",)
 
@@ -57,7 +57,7 @@ class Prune(Spec):
     score: str = "magnitude"
 
     def __post_init__(self) -> None:
-        set_plain_numbers(self)
+        super().__post_init__()
         if not isinstance(self.sparsity, numbers.Real) or not 0 <= self.sparsity <= 1:
             raise SpecError(
                 f"sparsity={self.sparsity!r}: write the share to remove, from 0 to 1, such as 0.9"

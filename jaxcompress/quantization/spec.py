@@ -12,7 +12,7 @@ import numpy as np
 from jaxcompress.arrays import affine
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.errors import SpecError
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count, set_plain_numbers
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -59,7 +59,7 @@ class Quantize(Spec):
     convention: str = "absmax"
 
     def __post_init__(self) -> None:
-        set_plain_numbers(self)
+        super().__post_init__()
         if not isinstance(self.format, str):
             raise SpecError(f"format={self.format!r}: write a name such as 'int8'")
         fmt = affine.int_format(self.format)

@@ -13,7 +13,7 @@ from jaxcompress.arrays.packed import PackedArray, block_for
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import rounded
 from jaxcompress.sharing.kmeans import assign, kmeans_1d
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count, set_plain_numbers
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count
 
 INITS = ("linear", "density", "random")
 
@@ -51,7 +51,7 @@ class Codebook(Spec):
     iterations: int = 50
 
     def __post_init__(self) -> None:
-        set_plain_numbers(self)
+        super().__post_init__()
         if not is_count(self.bits, 1, 8):
             raise SpecError(f"Codebook(bits={self.bits!r}): write a whole number from 1 to 8")
         if self.init not in INITS:
