@@ -100,9 +100,10 @@ def test_the_largest_finite_weights_stay_finite(spec, dtype, top):
 
 
 @pytest.mark.parametrize("dtype", BIG)
-@pytest.mark.parametrize("size", [1 / 8, 1e-20])
+@pytest.mark.parametrize("size", [1 / 3, 1e-20])
 def test_a_low_rank_of_very_large_and_small_weights(dtype, size):
-    # An eighth, for the terms of the product may each exceed their sum.
+    # A third, for the terms of the product may each exceed their sum; above a quarter the inverse
+    # of the largest float32 magnitude is subnormal.
     unit = jax.random.uniform(jax.random.key(0), (16, 12), minval=-1, maxval=1)
     big = BIG[dtype] * (size if dtype != "float16" else max(size, 1e-6))
     w = (unit * big).astype(dtype)
