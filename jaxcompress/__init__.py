@@ -7,6 +7,7 @@ A compressed model is the same pytree with smaller leaves, and any JAX function 
 - `save` and `load` keep them small on disk.
 """
 
+from jaxcompress import pruning
 from jaxcompress._version import __version__
 from jaxcompress.arrays.base import (
     CompressedArray,
@@ -35,6 +36,7 @@ from jaxcompress.interpret import compressed
 from jaxcompress.kernel_axes import kernel_axes
 from jaxcompress.lazy import LazyArray
 from jaxcompress.pruning.spec import Prune
+from jaxcompress.pruning.wrapper import sparsify
 from jaxcompress.quantization.spec import Quantize
 from jaxcompress.report.summary import Summary, summary
 from jaxcompress.rules import KernelAxes
@@ -74,10 +76,12 @@ __all__ = [
     "load",
     "nbytes",
     "partition",
+    "pruning",
     "read_metadata",
     "register_array",
     "register_rule",
     "save",
+    "sparsify",
     "summary",
     "trainable_mask",
 ]

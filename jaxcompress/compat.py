@@ -68,6 +68,15 @@ def look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
     return table.at[indices].get(mode="promise_in_bounds", out_sharding=place if explicit else None)
 
 
+def iota_like(like: jax.Array, axis: int) -> jax.Array:
+    """The index along one axis at each place of an array, uint32, placed like the array."""
+    place = jax.typeof(like).sharding
+    explicit = jax.sharding.AxisType.Explicit in place.mesh.axis_types
+    return jax.lax.broadcasted_iota(
+        jax.numpy.uint32, like.shape, axis, out_sharding=place if explicit else None
+    )
+
+
 def with_equations(jaxpr: Jaxpr, invars: Sequence[Any], eqns: Sequence[JaxprEqn]) -> Jaxpr:
     """A jaxpr with fewer inputs and equations; the names of its arguments no longer fit."""
     debug = jaxpr.debug_info._replace(arg_names=None) if jaxpr.debug_info else None

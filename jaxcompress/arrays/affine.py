@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.errors import SpecError
-from jaxcompress.numerics import rounded
+from jaxcompress.numerics import divide, rounded
 
 CONVENTIONS = ("absmax", "full", "no_clip")
 
@@ -133,16 +133,16 @@ def affine_params(
     largest = float(jnp.finfo(w.dtype).max)
     if not symmetric:
         # Halved, for the difference of the largest floats is none; the bits are the same.
-        wanted = 2 * _divide(hi / 2 - lo / 2, levels)
+        wanted = 2 * divide(hi / 2 - lo / 2, levels)
         scale = _store(wanted, scale_dtype)
-        zero = fmt.qmin - _divide(lo, scale.astype(jnp.float32))
+        zero = fmt.qmin - divide(lo, scale.astype(jnp.float32))
         zero = jnp.round(jnp.clip(zero, fmt.qmin, fmt.qmax))
         limit = largest / jnp.maximum(fmt.qmax - zero, zero - fmt.qmin)
         return _store(wanted, scale_dtype, limit), zero.astype(fmt.dtype)
     if convention == "no_clip":
-        scale = jnp.maximum(_divide(-lo, -fmt.qmin), _divide(hi, fmt.qmax))
+        scale = jnp.maximum(divide(-lo, -fmt.qmin), divide(hi, fmt.qmax))
     else:
-        scale = _divide(jnp.maximum(-lo, hi), levels / 2 if convention == "full" else fmt.qmax)
+        scale = divide(jnp.maximum(-lo, hi), levels / 2 if convention == "full" else fmt.qmax)
     codes = fmt.qmax if convention == "absmax" else -fmt.qmin
     return _store(scale, scale_dtype, largest / codes), None
 
@@ -178,7 +178,7 @@ def quantize(
       [[7], [-3]]
     """
     fmt, spread = int_format(format), lambda x: _spread(_once(x), w.shape, axes, group_size)
-    x, lo, hi = _divide(w.astype(jnp.float32), spread(scale)), fmt.qmin + narrow, fmt.qmax
+    x, lo, hi = divide(w.astype(jnp.float32), spread(scale)), fmt.qmin + narrow, fmt.qmax
     if zero_point is None:
         return _round(jnp.clip(x, lo, hi)).astype(fmt.dtype)
     zero = spread(zero_point)  # the bounds are integers: clipping before rounding is the same
@@ -283,17 +283,6 @@ def _fold(lo: jax.Array, hi: jax.Array, axis: int) -> tuple[jax.Array, jax.Array
         (lo.reshape(shape), hi.reshape(shape)), (zero, zero), both, (axis + 1,)
     )
     return low, high
-
-
-def _divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
-    """`x / by`, exactly rounded, compiled or not.
-
-    XLA turns a division by a constant or by a broadcast array into a product with the inverse,
-    which is off by one unit in the last place in one case of twenty; a compiled program
-    would then give other codes than the same one run step by step. It leaves alone a divisor that
-    depends on `x`.
-    """
-    return x / jnp.where(x == 0, 1.0, by).astype(x.dtype)
 
 
 def _round(x: jax.Array) -> jax.Array:

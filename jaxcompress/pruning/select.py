@@ -1,10 +1,22 @@
-"""Exactly which weights stay: the k-th largest score without a sort."""
+"""Exactly which weights stay: the k-th largest score without a sort.
+
+A search on the bits of a float, which are ordered like its magnitude, counts at each step how many
+scores reach a trial. So it needs nothing but sums: an array that lies over several devices is
+never gathered, only its counts are added up. Ties go to the lowest index, by a second search.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jaxcompress import compat
+from jaxcompress.errors import CompressError
 
 
 def kept_count(size: int, sparsity: float) -> int:
@@ -17,21 +29,54 @@ def kept_count(size: int, sparsity: float) -> int:
     return round(size * (1 - sparsity))
 
 
+def has_nan(scores: jax.Array) -> jax.Array:
+    """Whether there is a NaN among the scores; free beside a search, which looks for the largest.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> bool(has_nan(jnp.array([1.0, jnp.nan])))
+      True
+    """
+    return jnp.isnan(_largest(scores)) if scores.size else jnp.asarray(False)
+
+
 def order_bits(scores: jax.Array) -> jax.Array:
-    """Non-negative floats as uint32 keys in the same order; exact for all float dtypes up to 32."""
+    """The magnitudes of floats as uint32 keys in the same order, NaN above infinity.
+
+    Exact for all float dtypes up to 32 bits, subnormals included.
+    """
     magnitude = jnp.abs(scores.astype(jnp.float32))
     return lax.bitcast_convert_type(magnitude, jnp.uint32)
 
 
-def top_mask(scores: jax.Array, k: int) -> jax.Array:
-    """A mask of the k largest scores by magnitude, ties broken by the lowest index.
-
-    Bisects on the bits of the k-th largest float: 32 counting passes that need only scalar sums,
-    so that a sharded array is never gathered; then on the index among its equals.
+def kth_largest(scores: jax.Array, k: int | jax.Array) -> jax.Array:
+    """The k-th largest magnitude, exactly, without a sort.
 
     Args:
-      scores: any shape; non-negative or signed, magnitudes count. No NaN.
-      k: how many to keep, `0 <= k <= scores.size`; static.
+      scores: floats of any shape; magnitudes count, and NaN counts as larger than infinity.
+      k: from 1 to `scores.size`; may be traced.
+
+    Returns:
+      A scalar float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(kth_largest(jnp.array([1.0, -3.0, 2.0, 2.0]), 3))
+      2.0
+    """
+    threshold, _ = _threshold([scores], jnp.asarray(k).astype(jnp.uint32))
+    keys = order_bits(scores)
+    reached = jnp.min(jnp.where(keys >= threshold, keys, jnp.uint32(2**32 - 1)))
+    return lax.bitcast_convert_type(reached, jnp.float32)
+
+
+def top_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
+    """A mask of the k largest scores by magnitude, ties broken by the lowest index.
+
+    Args:
+      scores: floats of any shape; magnitudes count, and NaN counts as larger than infinity, so
+        that a broken weight is never silently removed.
+      k: how many to keep, `0 <= k <= scores.size`; may be traced.
 
     Returns:
       Booleans in the shape of `scores`, exactly k of them true.
@@ -41,43 +86,171 @@ def top_mask(scores: jax.Array, k: int) -> jax.Array:
       >>> top_mask(jnp.array([1.0, -3.0, 2.0, 2.0]), 2).tolist()
       [False, True, True, False]
     """
-    if k <= 0 or scores.size == 0:
-        return jnp.zeros(scores.shape, bool)
-    keys = order_bits(scores)
-
-    def bit(n: jax.Array, threshold: jax.Array) -> jax.Array:
-        trial = threshold | (jnp.uint32(1) << (jnp.uint32(31) - n.astype(jnp.uint32)))
-        return jnp.where(jnp.sum(keys >= trial) >= k, trial, threshold)
-
-    # The greatest threshold that at least k keys reach is the k-th largest key.
-    threshold = lax.fori_loop(0, 32, bit, jnp.uint32(0))
-    above, equal = keys > threshold, keys == threshold
-    ties = k - jnp.sum(above)
-    index = _linear_index(scores.shape)
-
-    def index_bit(n: jax.Array, bound: jax.Array) -> jax.Array:
-        trial = bound | (jnp.uint32(1) << (jnp.uint32(31) - n.astype(jnp.uint32)))
-        return jnp.where(jnp.sum(equal & (index < trial)) <= ties, trial, bound)
-
-    # The greatest bound below which at most `ties` equals lie holds exactly that many.
-    bound = lax.fori_loop(0, 32, index_bit, jnp.uint32(0))
-    return above | (equal & (index < bound))
+    return top_masks([scores], k)[0]
 
 
-def _linear_index(shape: tuple[int, ...]) -> jax.Array:
-    """The row-major index of each place; elementwise, so it shards like the array it is for."""
-    index = jnp.zeros(shape, jnp.uint32)
+def top_masks(scores: Sequence[jax.Array], k: int | jax.Array) -> list[jax.Array]:
+    """Masks of the k largest among all scores of several arrays, as if they were one.
+
+    Ties are broken by the lowest index, counted through the arrays in their order.
+
+    Args:
+      scores: arrays of floats, fewer than 2**32 values together.
+      k: how many to keep in total; may be traced.
+
+    Returns:
+      A mask for each array.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [m.tolist() for m in top_masks([jnp.array([1.0, 5.0]), jnp.array([-2.0, 5.0])], 2)]
+      [[False, True], [False, True]]
+    """
+    offsets = [0]
+    for x in scores:
+        offsets.append(offsets[-1] + x.size)
+    if offsets[-1] >= 2**32:
+        raise CompressError(f"{offsets[-1]} values are too many to rank together; split the rules")
+    total = offsets[-1]
+    if not total:
+        return [jnp.zeros(x.shape, bool) for x in scores]
+    k = jnp.asarray(k).astype(jnp.uint32)
+    threshold, reached = _threshold(scores, k)
+
+    def place(x: jax.Array, start: int, one: jax.Array | int = 1) -> jax.Array:
+        """Where a score equals the threshold, its place counted from the end; elsewhere 0."""
+        index = _index(x, start, jnp.asarray(one).astype(jnp.uint32))
+        return jnp.where(order_bits(x) == threshold, jnp.uint32(total) - index, jnp.uint32(0))
+
+    def count(trial: jax.Array) -> jax.Array:
+        return _reaching(trial, scores, lambda i, x, one: place(x, offsets[i], one))
+
+    # More may reach the threshold than shall stay: then the last of those that equal it go.
+    equal = count(jnp.uint32(1))
+    ties = equal + k - reached
+    last, _ = _search(count, ties, jnp.uint32(1), equal, jnp.uint32(total + 1))
+    return [(order_bits(x) > threshold) | (place(x, n) >= last) for x, n in zip(scores, offsets)]
+
+
+def _threshold(scores: Sequence[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A key that at least k scores reach, exactly k if there is such a one, and how many do."""
+
+    def count(trial: jax.Array) -> jax.Array:
+        return _reaching(trial, scores, lambda i, x, one: order_bits(x))
+
+    total = jnp.uint32(sum(x.size for x in scores))
+    largest = functools.reduce(jnp.maximum, [_largest(x) for x in scores if x.size])
+    # A NaN may have any bits above infinity's.
+    above = jnp.where(jnp.isnan(largest), jnp.uint32(2**31), order_bits(largest) + 1)
+    return _search(count, k, jnp.uint32(0), total, above)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    """The largest magnitude, without writing the magnitudes to memory first."""
+    return jnp.maximum(jnp.max(x), -jnp.min(x)).astype(jnp.float32)
+
+
+def _reaching(
+    trial: jax.Array,
+    scores: Sequence[jax.Array],
+    key: Callable[[int, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """How many of the keys of all scores reach a trial.
+
+    `key(i, x, one)` makes the keys of `scores[i]`. All it is given, and the 1, are tied to the
+    trial: else a compiler would compute the keys once, before the search, and keep them.
+    """
+    scores, trial, one = lax.optimization_barrier((list(scores), trial, jnp.uint32(1)))
+    found = (_count(key(i, x, one) >= trial) for i, x in enumerate(scores))
+    return functools.reduce(jnp.add, found)
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    """How many are true, uint32.
+
+    XLA:CPU writes the numbers that it sums to memory first, so they had better be short: the sum
+    along the longest axis that 16 bits can count takes a third of the time.
+    """
+    short = [axis for axis, n in enumerate(mask.shape) if n < 2**16]
+    if mask.ndim < 2 or not short:
+        return jnp.sum(mask, dtype=jnp.uint32)
+    axis = max(short, key=lambda axis: mask.shape[axis])
+    return jnp.sum(jnp.sum(mask, axis=axis, dtype=jnp.uint16), dtype=jnp.uint32)
+
+
+def _search(
+    count: Callable[[jax.Array], jax.Array],
+    k: jax.Array,
+    low: jax.Array,
+    reached: jax.Array,
+    high: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The greatest trial between `low` and `high` that at least k keys reach.
+
+    Ends as soon as a trial is reached by exactly k. Regula falsi (Illinois) on the count, which
+    takes half the passes of bisection where values are spread smoothly, with a bisection now and
+    then, and at every second step once it has had its chance: ties make the count jump.
+
+    Args:
+      count: how many keys reach a trial.
+      k: how many keys shall reach the trial.
+      low: a trial that at least k reach.
+      reached: how many reach it.
+      high: a trial that fewer than k reach, or none; above `low`.
+
+    Returns:
+      The trial and how many keys reach it.
+    """
+
+    def more(state: Any) -> jax.Array:
+        low, high, reached, *_ = state
+        return (reached != k) & (high - low > 1)
+
+    def step(state: Any) -> Any:
+        low, high, reached, over, under, last_up, n = state
+        width = high - low
+        falsi = (width.astype(jnp.float32) * (over / (over + under))).astype(jnp.uint32)
+        halve = (n % 6 == 5) | ((n > 14) & (n % 2 == 0))
+        trial = low + jnp.where(halve, width // 2, jnp.clip(falsi, 1, width - 1))
+        n_up = count(trial)
+        up = n_up >= k
+        # The end that stays twice in a row counts half, or it would stay for good.
+        stays = jnp.where(up == last_up, 0.5, 1.0)
+        over = jnp.where(up, (n_up - k).astype(jnp.float32), over * stays)
+        under = jnp.where(up, under * stays, (k - n_up).astype(jnp.float32))
+        return (
+            jnp.where(up, trial, low),
+            jnp.where(up, high, trial),
+            jnp.where(up, n_up, reached),
+            over,
+            under,
+            up,
+            n + 1,
+        )
+
+    over, under = (reached - k).astype(jnp.float32), k.astype(jnp.float32)
+    start = (low, high, reached, over, under, jnp.asarray(False), jnp.int32(0))
+    low, _, reached, *_ = lax.while_loop(more, step, start)
+    return low, reached
+
+
+def _index(like: jax.Array, start: int, one: jax.Array) -> jax.Array:
+    """The row-major index of each place; elementwise, so it lies on the devices as `like` does.
+
+    `one` is 1, by which each step is multiplied, see `_reaching`.
+    """
+    index: Any = one * jnp.uint32(start)
     stride = 1
-    for axis in range(len(shape) - 1, -1, -1):
-        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-        stride *= shape[axis]
+    for axis in range(like.ndim - 1, -1, -1):
+        index = index + compat.iota_like(like, axis) * (one * jnp.uint32(stride))
+        stride *= like.shape[axis]
     return index
 
 
-def n_of_m_mask(scores: jax.Array, n: int, m: int, axis: int) -> jax.Array:
+def n_of_m_mask(scores: jax.Array, n: int | jax.Array, m: int, axis: int) -> jax.Array:
     """Keeps the n largest of each m consecutive magnitudes along an axis, ties by lowest index.
 
-    A last group of fewer than m keeps n of them, or all.
+    A last group of fewer than m keeps n of them, or all. n may be traced.
 
     References:
       Mishra et al., *Accelerating Sparse Deep Neural Networks*, 2021.

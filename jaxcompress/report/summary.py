@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,14 +11,14 @@ from jaxcompress.arrays.base import is_compressed
 from jaxcompress.compress import nbytes
 from jaxcompress.errors import CompressError
 from jaxcompress.rules import flatten
+from jaxcompress.tables import Tabular
 
 if TYPE_CHECKING:  # rich is imported when a table is drawn, not with the package
-    from rich.console import Console
     from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(Tabular):
     """A table of leaves before and after; prints in a terminal, shows in a notebook.
 
     Attributes:
@@ -67,20 +66,6 @@ class Summary:
         table.add_row("total", "", "", _size(self.before), _size(self.after), "",
                       f"{self.ratio:.2f}x", style="bold")  # fmt: skip
         return table
-
-    def __str__(self) -> str:
-        return self._recorded(100).export_text().rstrip()
-
-    def _recorded(self, width: int) -> Console:
-        from rich.console import Console
-
-        # In a notebook, a console would display the table as it is printed, and so twice.
-        console = Console(file=io.StringIO(), record=True, width=width, force_jupyter=False)
-        console.print(self)
-        return console
-
-    def _repr_html_(self) -> str:
-        return self._recorded(120).export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def __repr__(self) -> str:
         return (

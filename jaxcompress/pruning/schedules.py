@@ -1,0 +1,151 @@
+"""How sparse after how many updates, and at which of them the masks are chosen anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.errors import SpecError
+from jaxcompress.numerics import divide
+from jaxcompress.specs import is_count
+
+_NEVER = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The sparsity `s(t) = final + (initial - final) r(t)` at update t, counted from zero.
+
+    `r` is the share of the way that remains, 1 at `begin` and 0 from `end` on; subclasses define
+    it. Before `begin` nothing is pruned. The masks are chosen anew at `begin`, every `every`
+    updates from there, and at `end`, so that the final sparsity is exact whatever the interval.
+
+    Attributes:
+      final: the sparsity to reach, from 0 to 1.
+      initial: the sparsity at `begin`.
+      begin: the update at which pruning begins.
+      end: the last update at which masks are chosen.
+      every: updates between two choices.
+
+    Raises:
+      SpecError: for a sparsity outside of 0 to 1, or steps that are no such order.
+    """
+
+    final: float
+    initial: float
+    begin: int
+    end: int
+    every: int
+
+    def __post_init__(self) -> None:
+        for name in ("final", "initial"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+                raise SpecError(
+                    f"{'sparsity' if name == 'final' else name}={value!r}: write the share to "
+                    "remove, from 0 to 1, such as 0.9"
+                )
+        for name, least in (("begin", 0), ("end", self.begin), ("every", 1)):
+            if not is_count(getattr(self, name), least, _NEVER):
+                raise SpecError(
+                    f"{name}={getattr(self, name)!r}: write a whole number of updates, at least "
+                    f"{least}"
+                )
+
+    def remaining(self, step: jax.Array) -> jax.Array:
+        """`r(step)`, float32 from 1 to 0; must be 0 at `end`."""
+        raise NotImplementedError
+
+    def sparsity(self, step: int | jax.Array) -> jax.Array:
+        """`s(step)` in float32, as a plot of the schedule shows it."""
+        step = jnp.asarray(step, jnp.int32)
+        now = self.final + (self.initial - self.final) * self.remaining(step)
+        return jnp.where(step < self.begin, 0.0, now)
+
+    def kept(self, first: int, last: int, step: jax.Array) -> jax.Array:
+        """How many weights stay: `last + round(r(step) (first - last))`, int32.
+
+        Args:
+          first: how many stay at the sparsity `initial`.
+          last: how many stay at the sparsity `final`; exact from `end` on.
+          step: the update.
+        """
+        way = self.remaining(step) * jnp.float32(first - last)
+        return last + jnp.round(way).astype(jnp.int32)
+
+    def refreshes(self, step: int | jax.Array) -> jax.Array:
+        """Whether the masks are chosen anew at this update."""
+        step = jnp.asarray(step, jnp.int32)
+        due = ((step - self.begin) % self.every == 0) | (step == self.end)
+        return due & (step >= self.begin) & (step <= self.end)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cubic(Schedule):
+    def remaining(self, step: jax.Array) -> jax.Array:
+        left = jnp.clip(self.end - step, 0, self.end - self.begin).astype(jnp.float32)
+        share = divide(left, float(max(1, self.end - self.begin)))
+        return share * share * share
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constant(Schedule):
+    def remaining(self, step: jax.Array) -> jax.Array:
+        return jnp.zeros(jnp.shape(step), jnp.float32)
+
+
+def cubic_schedule(
+    sparsity: float, *, end: int, begin: int = 0, every: int = 100, initial: float = 0.0
+) -> Schedule:
+    """Gradual pruning: fast while there is much to remove, slow towards the end.
+
+    `s(t) = s_f + (s_i - s_f) (1 - (t - begin) / (end - begin))**3` from `begin` to `end`.
+
+    Args:
+      sparsity: `s_f`, the share of weights that is removed in the end.
+      end: the update at which it is reached. Leave some training after it.
+      begin: the first update that prunes.
+      every: updates between two choices of masks.
+      initial: `s_i`, the share removed at `begin`.
+
+    References:
+      Zhu and Gupta, *To Prune, or Not to Prune: Exploring the Efficacy of Pruning for Model
+      Compression*, 2017.
+
+    Example:
+      >>> schedule = cubic_schedule(0.8, begin=100, end=500)
+      >>> [round(float(schedule.sparsity(t)), 6) for t in (99, 100, 300, 500, 1000)]
+      [0.0, 0.0, 0.7, 0.8, 0.8]
+    """
+    return _Cubic(sparsity, initial, begin, end, every)
+
+
+def one_shot(sparsity: float, *, at: int = 0) -> Schedule:
+    """All at once, at update `at`; the masks stay from there on.
+
+    Example:
+      >>> schedule = one_shot(0.5, at=10)
+      >>> [float(schedule.sparsity(t)) for t in (9, 10, 11)]
+      [0.0, 0.5, 0.5]
+    """
+    return _Constant(sparsity, sparsity, at, at, 1)
+
+
+def periodic(sparsity: float, *, every: int, begin: int = 0, end: int | None = None) -> Schedule:
+    """One sparsity, but the masks are chosen anew every `every` updates.
+
+    Args:
+      sparsity: the share of weights that is removed from `begin` on.
+      every: updates between two choices of masks.
+      begin: the first update that prunes.
+      end: the last update at which masks are chosen; None: never the last.
+
+    Example:
+      >>> schedule = periodic(0.5, every=4, begin=2)
+      >>> [t for t in range(12) if schedule.refreshes(t)]
+      [2, 6, 10]
+    """
+    return _Constant(sparsity, sparsity, begin, _NEVER if end is None else end, every)
