@@ -7,7 +7,7 @@ A compressed model is the same pytree with smaller leaves, and any JAX function 
 - `save` and `load` keep them small on disk.
 """
 
-from jaxcompress import pruning
+from jaxcompress import distillation, pruning
 from jaxcompress._version import __version__
 from jaxcompress.arrays.base import (
     CompressedArray,
@@ -16,6 +16,7 @@ from jaxcompress.arrays.base import (
     register_rule,
 )
 from jaxcompress.arrays.codebook import CodebookArray
+from jaxcompress.arrays.fake_quantized import FakeQuantizedArray
 from jaxcompress.arrays.low_rank import LowRankArray
 from jaxcompress.arrays.packed import PackedArray
 from jaxcompress.arrays.quantized import QuantizedArray
@@ -37,7 +38,7 @@ from jaxcompress.kernel_axes import kernel_axes
 from jaxcompress.lazy import LazyArray
 from jaxcompress.pruning.spec import Prune
 from jaxcompress.pruning.wrapper import sparsify
-from jaxcompress.quantization.spec import Quantize
+from jaxcompress.quantization.spec import FakeQuantize, Quantize
 from jaxcompress.report.summary import Summary, summary
 from jaxcompress.rules import KernelAxes
 from jaxcompress.sharing.spec import Codebook
@@ -48,6 +49,8 @@ __all__ = [
     "CodebookArray",
     "CompressError",
     "CompressedArray",
+    "FakeQuantize",
+    "FakeQuantizedArray",
     "FileError",
     "KernelAxes",
     "LazyArray",
@@ -70,6 +73,7 @@ __all__ = [
     "compress",
     "compressed",
     "decompress",
+    "distillation",
     "finalize",
     "is_compressed",
     "kernel_axes",

@@ -185,6 +185,40 @@ def quantize(
     return (_round(jnp.clip(x, lo - zero, hi - zero)) + _round(zero)).astype(fmt.dtype)
 
 
+def in_range(
+    w: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    format: str | IntFormat,
+    *,
+    axes: int | Sequence[int],
+    group_size: int | None = None,
+    narrow: bool = False,
+) -> jax.Array:
+    """Where the nearest code is one of the format's, so that `quantize` clips nothing.
+
+    Args:
+      w: the weight; see `quantize` for the others.
+      scale: the scale.
+      zero_point: the zero point, or None.
+      format: such as `"int4"`.
+      axes: as in `quantize`.
+      group_size: as in `quantize`.
+      narrow: as in `quantize`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> in_range(jnp.array([7.4, 7.6]), jnp.ones(1), None, "int4", axes=-1).tolist()
+      [True, False]
+    """
+    fmt, spread = int_format(format), lambda x: _spread(_once(x), w.shape, axes, group_size)
+    x = divide(w.astype(jnp.float32), spread(scale))
+    lo, hi = fmt.qmin + narrow - 0.5, fmt.qmax + 0.5
+    if zero_point is not None:
+        x = x + spread(zero_point)
+    return (x >= lo) & (x <= hi)
+
+
 def dequantize(
     codes: jax.Array,
     scale: jax.Array,
@@ -259,14 +293,14 @@ def _group_range(w: jax.Array, axis: int, group_size: int) -> tuple[jax.Array, j
 
 
 def _fold(lo: jax.Array, hi: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Shortens one axis by a factor of 8 to 64, keeping minima and maxima.
+    """Shortens one axis by a factor of 8 to 32, keeping minima and maxima.
 
     One joint reduction reads the weight once for both, and short steps are vector code on XLA:CPU
     whichever axis it is. There, a plain `max` over a leading axis or a reshaped weight took up to
     20 times as long, and a joint reduction over a whole long axis 30 times.
     """
     n = lo.shape[axis]
-    steps = 1 if n <= 64 else next((n // k for k in range(32, 7, -1) if n % k == 0), 0)
+    steps = 1 if n <= 32 else next((n // k for k in range(32, 7, -1) if n % k == 0), 0)
     if not steps:
         cut = n - n % 16
         take = lambda x, start, stop: jax.lax.slice_in_dim(x, start, stop, axis=axis)

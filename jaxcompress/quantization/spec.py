@@ -1,18 +1,21 @@
-"""`Quantize`: round to the nearest code."""
+"""`Quantize`: round to the nearest code; `FakeQuantize`: train with what that gives."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays import affine
+from jaxcompress.arrays.fake_quantized import FakeQuantizedArray
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.errors import SpecError
 from jaxcompress.specs import LeafContext, Plan, Spec, is_count
+
+Q = TypeVar("Q", bound="Quantize")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -81,11 +84,90 @@ class Quantize(Spec):
 
     def plan(self, leaf: jax.Array, context: LeafContext) -> Plan:
         """Settles the axes and clamps the group size to their length."""
+        return _QuantizePlan(self.settled(leaf, context))
+
+    def settled(self: Q, leaf: jax.Array, context: LeafContext) -> Q:
+        """The same spec with the axes of one leaf, and groups no longer than they are."""
         axes = resolve_axes(self.axis, leaf, context)
         group = self.group_size
         if group is not None:
             group = max(1, min(group, leaf.shape[axes[-1]]))
-        return _QuantizePlan(dataclasses.replace(self, axis=axes, group_size=group))
+        return dataclasses.replace(self, axis=axes, group_size=group)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class FakeQuantize(Quantize):
+    """Training with the values that `Quantize` will store: a trainable leaf, rounded where used.
+
+    `w_hat = s (clip(round(w / s) + z, qmin, qmax) - z)` forward, the identity backward
+    (straight-through), 0 where w was clipped. Put it in with `compress`, run it under `compressed`,
+    train it with any optimizer; `finalize` then gives the `QuantizedArray` of the same format, with
+    the same logits, bit for bit.
+
+    Args:
+      format: as in `Quantize`, like all that follow but `range`.
+      group_size: weights that share a scale.
+      axis: the input axes over which a scale is shared.
+      symmetric: whether zero is the middle of the range.
+      scale_dtype: the dtype of scales.
+      convention: how the symmetric scale follows from the range.
+      range: `dynamic`: scales are those of the present weight at every step. `static`: those of the
+        weight that is compressed, for good; what leaves their range is clipped and has no
+        gradient.
+
+    Raises:
+      SpecError: as `Quantize`, and for another range.
+
+    References:
+      Jacob et al., *Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference*, 2018; Krishnamoorthi, *Quantizing Deep Convolutional
+      Networks for Efficient Inference*, 2018.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxcompress as jc
+      >>> params = {"kernel": jnp.array([[7.0], [3.4]])}
+      >>> params = jc.compress(params, {"kernel": jc.FakeQuantize("int4")})
+      >>> loss = jc.compressed(lambda params: jnp.sum(params["kernel"] ** 2))
+      >>> jax.grad(loss)(params)["kernel"].weight.tolist()
+      [[14.0], [6.0]]
+      >>> jc.finalize(params)
+      {'kernel': QuantizedArray(float32[2, 1], int4)}
+    """
+
+    range: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.range not in ("dynamic", "static"):
+            raise SpecError(f"range={self.range!r}: write 'dynamic' or 'static'")
+
+    def plan(self, leaf: jax.Array, context: LeafContext) -> Plan:
+        """Settles the axes and clamps the group size to their length."""
+        return _FakeQuantizePlan(self.settled(leaf, context))
+
+
+@dataclasses.dataclass(frozen=True)
+class _FakeQuantizePlan(Plan):
+    spec: FakeQuantize
+
+    def apply(self, leaf: jax.Array, key: jax.Array | None) -> FakeQuantizedArray:
+        spec = self.spec
+        out = FakeQuantizedArray(
+            leaf,
+            None,
+            None,
+            axes=tuple(spec.axis),  # type: ignore[arg-type]
+            group_size=spec.group_size,
+            format=spec.format,
+            symmetric=spec.symmetric,
+            scale_dtype=np.dtype(jnp.dtype(spec.scale_dtype)),
+            convention=spec.convention,
+            float_dtype=np.dtype(leaf.dtype),
+        )
+        if spec.range == "dynamic":
+            return out
+        scale, zero_point = out.params()
+        return out.replace(scale=scale, zero_point=zero_point)
 
 
 def _is_floating(dtype: Any) -> bool:

@@ -1,0 +1,171 @@
+"""A trainable leaf that computes with the values its quantized form will have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays import affine
+from jaxcompress.arrays.base import CompressedArray, narrows, register_array, register_rule
+from jaxcompress.arrays.quantized import QuantizedArray
+
+
+@register_array(
+    "fake_quantized",
+    children=("weight", "scale", "zero_point"),
+    static=(
+        "axes", "group_size", "format", "symmetric", "scale_dtype", "convention", "float_dtype",
+    ),
+    trainable=("weight",),
+)  # fmt: skip
+class FakeQuantizedArray(CompressedArray):
+    """A dense weight that is rounded to its codes and back wherever it is used.
+
+    Forward, `w_hat = s (clip(round(w / s) + z, qmin, qmax) - z)`, by the very steps that
+    `QuantizedArray` stores and restores, so that `finalize` changes no bit of it. Backward, the
+    straight-through estimate, `dw = dw_hat`; s and z count as constants.
+
+    Where `scale` is None, s and z are those of the present weight, and the range follows it. Where
+    they are fixed, a weight may leave the range; it is clipped, and then `dw = 0`.
+
+    Attributes:
+      weight: the dense weight, the one child that is trained.
+      scale: None, or a fixed scale as in `QuantizedArray`.
+      zero_point: None, or fixed integer codes of the value zero.
+      axes: the axes over which a scale is shared, negative.
+      group_size: values per group along `axes[-1]`, or None.
+      format: `int2` .. `int8`, `uint2` .. `uint8`.
+      symmetric: whether zero is the middle of the range.
+      scale_dtype: the dtype of a scale.
+      convention: of the symmetric scale, see `jaxcompress.Quantize`.
+      float_dtype: the dtype of the dense array.
+
+    References:
+      Bengio, Leonard and Courville, *Estimating or Propagating Gradients Through Stochastic
+      Neurons for Conditional Computation*, 2013; Jacob et al., *Quantization and Training of
+      Neural Networks for Efficient Integer-Arithmetic-Only Inference*, 2018.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxcompress as jc
+      >>> leaf = jc.FakeQuantize("int4")(jnp.array([[-7.0], [3.4]]))
+      >>> leaf.materialize().tolist(), leaf.weight.tolist()
+      ([[-7.0], [3.0]], [[-7.0], [3.4000000953674316]])
+      >>> jax.grad(lambda leaf: jnp.sum(leaf.materialize() ** 2))(leaf).weight.tolist()
+      [[-14.0], [6.0]]
+      >>> leaf.finalize()
+      QuantizedArray(float32[2, 1], int4)
+    """
+
+    weight: Any
+    scale: Any
+    zero_point: Any
+    axes: tuple[int, ...]
+    group_size: int | None
+    format: str
+    symmetric: bool
+    scale_dtype: np.dtype
+    convention: str
+    float_dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.float_dtype
+
+    @property
+    def batch_ndim(self) -> int:
+        return max(0, self.weight.ndim + min(self.axes))
+
+    @property
+    def _narrow(self) -> bool:
+        return self.symmetric and self.convention == "absmax"
+
+    def params(self) -> tuple[jax.Array, jax.Array | None]:
+        """The scale and zero point, fixed or of the present weight."""
+        if self.scale is not None:
+            return self.scale, self.zero_point
+        return affine.affine_params(
+            self.weight,
+            self.format,
+            axes=self.axes,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            scale_dtype=self.scale_dtype,
+            convention=self.convention,
+        )
+
+    def codes(self, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
+        """The codes of the present weight, int8 or uint8."""
+        return affine.quantize(
+            self.weight,
+            scale,
+            zero_point,
+            self.format,
+            axes=self.axes,
+            group_size=self.group_size,
+            narrow=self._narrow,
+        )
+
+    def materialize(self, key: jax.Array | None = None) -> jax.Array:
+        def value(*children: Any) -> jax.Array:
+            leaf = self.replace(**dict(zip(self.children, children)))
+            scale, zero_point = leaf.params()
+            return affine.dequantize(
+                leaf.codes(scale, zero_point),
+                scale,
+                zero_point,
+                axes=self.axes,
+                group_size=self.group_size,
+                dtype=self.float_dtype,
+            )
+
+        # All that is traced goes in as an argument, so that this batches and differentiates.
+        rounded = jax.custom_jvp(value)
+
+        @rounded.defjvp
+        def straight_through(primals: Any, tangents: Any) -> Any:
+            leaf, through = self.replace(**dict(zip(self.children, primals))), tangents[0]
+            if leaf.scale is not None:
+                through = jnp.where(leaf.in_range(), through, jnp.zeros((), through.dtype))
+            return rounded(*primals), through.astype(self.float_dtype)
+
+        return rounded(self.weight, self.scale, self.zero_point)
+
+    def in_range(self) -> jax.Array:
+        """Where the nearest code is one of the format's, so that nothing is clipped."""
+        scale, zero_point = self.params()
+        return affine.in_range(
+            self.weight,
+            scale,
+            zero_point,
+            self.format,
+            axes=self.axes,
+            group_size=self.group_size,
+            narrow=self._narrow,
+        )
+
+    def finalize(self) -> QuantizedArray:
+        scale, zero_point = self.params()
+        return QuantizedArray.from_codes(
+            self.codes(scale, zero_point),
+            scale,
+            zero_point,
+            self.format,
+            self.axes[-1],
+            self.group_size,
+            self.float_dtype,
+        )
+
+    def astype(self, dtype: Any) -> CompressedArray | None:
+        return self.replace(float_dtype=np.dtype(dtype)) if narrows(self.dtype, dtype) else None
+
+    def describe(self) -> str:
+        group = "" if self.group_size is None else f"/{self.group_size}"
+        return f"fake {self.format}{group}{'' if self.symmetric else ' affine'}"
+

@@ -1,0 +1,70 @@
+"""Distillation losses on logits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.errors import CompressError
+
+
+def soft_targets(
+    student: jax.Array,
+    teacher: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    axis: int = -1,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """The divergence of the student's softened predictions from the teacher's.
+
+    `T**2 sum_c p_c (log p_c - log q_c)`, where `p = softmax(teacher / T)` and
+    `q = softmax(student / T)`. The factor `T**2` keeps gradients of the size of those of the hard
+    labels whatever T is: as T grows, the loss becomes half the squared difference of the centred
+    logits, over the number of classes. Computed in float32 and in log space, so a teacher that is
+    certain of a class (logits of minus infinity for others included) gives a finite loss.
+
+    Args:
+      student: logits, `[..., classes]`.
+      teacher: logits of the same shape. No gradient passes to them.
+      temperature: T, positive; may be traced.
+      axis: the axis of the classes.
+      where: which classes count, broadcastable to the logits; None: all.
+
+    Returns:
+      One float32 value per example, `[...]`; averaging is left to the caller.
+
+    Raises:
+      CompressError: for shapes that differ, a scalar, or a temperature that is not positive.
+
+    References:
+      Hinton, Vinyals and Dean, *Distilling the Knowledge in a Neural Network*, 2015.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> teacher = jnp.array([[2.0, 0.0, -2.0]])
+      >>> float(soft_targets(teacher, teacher, temperature=4.0)[0])
+      0.0
+      >>> bool(soft_targets(jnp.zeros((1, 3)), teacher, temperature=4.0)[0] > 1.0)
+      True
+    """
+    if student.shape != teacher.shape:
+        raise CompressError(
+            f"student logits {student.shape} and teacher logits {teacher.shape} differ in shape"
+        )
+    if student.ndim == 0:
+        raise CompressError("logits need an axis of classes; these are scalars")
+    if not isinstance(temperature, jax.core.Tracer) and not jnp.all(jnp.asarray(temperature) > 0):
+        raise CompressError(f"temperature={temperature}: write a positive number, such as 2.0")
+    temperature = jnp.asarray(temperature, jnp.float32)
+
+    def log_p(logits: jax.Array) -> jax.Array:
+        scaled = logits.astype(jnp.float32) / temperature
+        return jax.nn.log_softmax(scaled, axis=axis, where=where)
+
+    log_teacher, log_student = log_p(jax.lax.stop_gradient(teacher)), log_p(student)
+    p = jnp.exp(log_teacher)
+    # Where p is 0, so is the term, whatever the logarithms: 0 log 0 = 0.
+    counts = p > 0 if where is None else (p > 0) & where
+    gap = jnp.where(counts, log_teacher, 0.0) - jnp.where(counts, log_student, 0.0)
+    return temperature**2 * jnp.sum(p * gap, axis=axis, where=where)
