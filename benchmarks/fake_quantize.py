@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import jaxcompress as jc

@@ -33,9 +33,11 @@ from jaxcompress.compress import (
 )
 from jaxcompress.decomposition.spec import LowRank
 from jaxcompress.errors import CompressError, FileError, RuleError, SpecError
+from jaxcompress.input_stats import InputStats, histogram_edges
 from jaxcompress.interpret import compressed
 from jaxcompress.kernel_axes import kernel_axes
 from jaxcompress.lazy import LazyArray
+from jaxcompress.observe import observe
 from jaxcompress.pruning.spec import Prune
 from jaxcompress.pruning.wrapper import sparsify
 from jaxcompress.quantization.spec import FakeQuantize, Quantize
@@ -52,6 +54,7 @@ __all__ = [
     "FakeQuantize",
     "FakeQuantizedArray",
     "FileError",
+    "InputStats",
     "KernelAxes",
     "LazyArray",
     "LeafContext",
@@ -75,10 +78,12 @@ __all__ = [
     "decompress",
     "distillation",
     "finalize",
+    "histogram_edges",
     "is_compressed",
     "kernel_axes",
     "load",
     "nbytes",
+    "observe",
     "partition",
     "pruning",
     "read_metadata",

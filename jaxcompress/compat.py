@@ -77,6 +77,15 @@ def iota_like(like: jax.Array, axis: int) -> jax.Array:
     )
 
 
+def auto(fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """`fn(x)`; where x lies by Explicit axes, with Auto ones inside and a replicated outcome."""
+    mesh = jax.typeof(x).sharding.mesh
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return fn(x)
+    spec = jax.sharding.PartitionSpec()
+    return jax.sharding.auto_axes(fn, out_sharding=spec)(x)
+
+
 def with_equations(jaxpr: Jaxpr, invars: Sequence[Any], eqns: Sequence[JaxprEqn]) -> Jaxpr:
     """A jaxpr with fewer inputs and equations; the names of its arguments no longer fit."""
     debug = jaxpr.debug_info._replace(arg_names=None) if jaxpr.debug_info else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from jaxcompress.arrays.base import CompressedArray, is_compressed, materialize
 from jaxcompress.errors import RuleError, SpecError
 from jaxcompress.lazy import LazyArray
+from jaxcompress.progress import progress_bar
 from jaxcompress.rules import KernelAxes, default_axes, flatten, match
 from jaxcompress.specs import LeafContext, Spec
 
@@ -72,7 +72,7 @@ def compress(
     todo = sum(hit is not None and hit[1] is not None for hit in hits)
     uses = collections.Counter(id(leaf) for _, leaf in leaves)  # a tied leaf must outlive its first
     out: list[Any] = []
-    with _bar(progress, "compressing", todo) as advance:
+    with progress_bar(progress, "compressing", todo) as advance:
         while leaves:
             # Taken off the list, so that nothing here keeps a donated leaf alive.
             (path, leaf), hit = leaves.pop(0), hits[len(out)]
@@ -156,20 +156,6 @@ def _check_finite(path: str, array: jax.Array) -> None:
         f"{path}: {bad} of {array.size} values are NaN or infinite; mend them, for instance with "
         "jnp.nan_to_num, before compressing"
     )
-
-
-@contextlib.contextmanager
-def _bar(show: bool, title: str, total: int) -> Any:
-    if not show:
-        yield lambda path: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TextColumn("{task.fields[path]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total, path="")
-        yield lambda path: bar.update(task, advance=1, path=path)
 
 
 def _map_leaves(fn: Callable[[CompressedArray], Any], tree: Any) -> Any:

@@ -51,6 +51,36 @@ def compressed(fn: F) -> F:
       ((1, 32), True)
     """
 
+    return walked(fn, Control())
+
+
+class Control:
+    """The control flow that the walk rebuilds; a walk with further outputs puts its own here."""
+
+    # Whether to go into the body of a `custom_jvp` or `custom_vjp` function, which loses its rule.
+    forward_only = False
+
+    def scan(self, step: Any, init: Any, xs: Any, **options: Any) -> Any:
+        """`lax.scan`."""
+        return lax.scan(step, init, xs, **options)
+
+    def while_loop(self, test: Any, step: Any, init: Any) -> Any:
+        """`lax.while_loop`."""
+        return lax.while_loop(test, step, init)
+
+    def switch(self, index: Any, branches: Sequence[Any], *operands: Any) -> Any:
+        """`lax.switch`."""
+        return lax.switch(index, branches, *operands)
+
+    def checkpoint(self, body: Any, **options: Any) -> Any:
+        """`jax.checkpoint`."""
+        # Derivatives of the rebuilt function are taken when it is differentiated, not now.
+        return jax.checkpoint(body, **options)
+
+
+def walked(fn: F, control: Control) -> F:
+    """`compressed(fn)`, with the control flow of `control`."""
+
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_compressed)
@@ -66,7 +96,7 @@ def compressed(fn: F) -> F:
 
         operands = [x if is_compressed(x) else jnp.asarray(x) for t, x in zip(traced, leaves) if t]
         closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(*map(_dense_aval, operands))
-        outs = evaluate(closed.jaxpr, closed.consts, operands)
+        outs = evaluate(closed.jaxpr, closed.consts, operands, control)
         # A constant of the jaxpr is not yet a jax array.
         outs = [jnp.asarray(materialize(x)) for x in outs]
         return jax.tree.unflatten(jax.tree.structure(out_shape), outs)
@@ -89,7 +119,9 @@ def _materialized_type(tree: Any, types: tuple[Any, ...], mesh: Any) -> Any:
     return jax.make_jaxpr(run)(*types).out_avals[0]
 
 
-def evaluate(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def evaluate(
+    jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any], control: Control
+) -> list[Any]:
     """Evaluates a jaxpr on arrays and compressed leaves; its outputs may be either."""
     env: dict[Any, Any] = {}
     last_use = _last_uses(jaxpr)
@@ -102,7 +134,7 @@ def evaluate(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) ->
     for n, eqn in enumerate(jaxpr.eqns):
         operands = [read(v) for v in eqn.invars]
         with compat.context(eqn):
-            outs = _evaluate_equation(eqn, operands)
+            outs = _evaluate_equation(eqn, operands, control)
         env.update(zip(eqn.outvars, outs))
         for v in last_use.get(n, ()):  # a leaf nobody reads again must not be held
             env.pop(v, None)
@@ -120,12 +152,14 @@ def _last_uses(jaxpr: compat.Jaxpr) -> dict[int, list[Any]]:
     return last
 
 
-def _evaluate_equation(eqn: compat.JaxprEqn, operands: list[Any]) -> list[Any]:
+def _evaluate_equation(eqn: compat.JaxprEqn, operands: list[Any], control: Control) -> list[Any]:
     if not any(map(is_compressed, operands)):
         return compat.bind(eqn, operands)
     name = eqn.primitive.name
     if name in _CONTROL:
-        return _CONTROL[name](eqn.params, operands)
+        return _CONTROL[name](eqn.params, operands, control)
+    if control.forward_only and name in _CUSTOM_RULES:
+        return _inline(eqn.params, operands, control)
     out = try_rules(name, operands, eqn.params)
     if out is not NotImplemented:
         return [out]
@@ -134,28 +168,25 @@ def _evaluate_equation(eqn: compat.JaxprEqn, operands: list[Any]) -> list[Any]:
     return compat.bind(eqn, [materialize(x) for x in operands])
 
 
-def _dense_body(jaxpr: Any) -> Callable[..., list[Any]]:
+def _dense_body(jaxpr: Any, control: Control) -> Callable[..., list[Any]]:
     """The body of a control-flow equation as a function whose outputs are dense."""
     body, consts = compat.open_jaxpr(jaxpr)
 
     def run(*args: Any) -> list[Any]:
-        return [materialize(x) for x in evaluate(body, consts, args)]
+        return [materialize(x) for x in evaluate(body, consts, args, control)]
 
     return run
 
 
-def _inline(params: dict[str, Any], operands: list[Any]) -> list[Any]:
+def _inline(params: dict[str, Any], operands: list[Any], control: Control) -> list[Any]:
     jaxpr = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
     body, consts = compat.open_jaxpr(jaxpr)
-    return evaluate(body, consts, operands)
+    return evaluate(body, consts, operands, control)
 
 
-def _remat(params: dict[str, Any], operands: list[Any]) -> list[Any]:
-    # Derivatives of the rebuilt function are taken when it is differentiated, not now.
-    body = jax.checkpoint(
-        _dense_body(params["jaxpr"]), prevent_cse=params["prevent_cse"], policy=params["policy"]
-    )
-    return body(*operands)
+def _remat(params: dict[str, Any], operands: list[Any], control: Control) -> list[Any]:
+    options = {name: params[name] for name in ("prevent_cse", "policy")}
+    return control.checkpoint(_dense_body(params["jaxpr"], control), **options)(*operands)
 
 
 def _loop_invariant(body: compat.Jaxpr, consts: int, carry: int, operands: list[Any]) -> list[bool]:
@@ -178,7 +209,7 @@ def _merge(moving: Sequence[Any], still: Sequence[Any], fixed: Sequence[bool]) -
     return [next(b) if f else next(a) for f in fixed]
 
 
-def _scan(params: dict[str, Any], operands: list[Any]) -> list[Any]:
+def _scan(params: dict[str, Any], operands: list[Any], control: Control) -> list[Any]:
     n_consts, n_carry = compat.scan_counts(params)
     body, body_consts = compat.open_jaxpr(params["jaxpr"])
     consts = operands[:n_consts]
@@ -188,11 +219,12 @@ def _scan(params: dict[str, Any], operands: list[Any]) -> list[Any]:
     moving, still = _split(carry, fixed)
 
     def step(moving: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        outs = evaluate(body, body_consts, [*consts, *_merge(moving, still, fixed), *xs])
+        args = [*consts, *_merge(moving, still, fixed), *xs]
+        outs = evaluate(body, body_consts, args, control)
         moved, _ = _split(outs[:n_carry], fixed)
         return [materialize(x) for x in moved], [materialize(x) for x in outs[n_carry:]]
 
-    moved, ys = lax.scan(
+    moved, ys = control.scan(
         step,
         [materialize(x) for x in moving],
         xs,
@@ -208,32 +240,35 @@ def _scannable(x: Any) -> Any:
     return x if not is_compressed(x) or x.batch_ndim > 0 else x.materialize()
 
 
-def _while(params: dict[str, Any], operands: list[Any]) -> list[Any]:
+def _while(params: dict[str, Any], operands: list[Any], control: Control) -> list[Any]:
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
     carry = operands[n_cond + n_body :]
     body, closed = compat.open_jaxpr(params["body_jaxpr"])
     fixed = _loop_invariant(body, n_body, len(carry), carry)
     moving, still = _split(carry, fixed)
-    test = _dense_body(params["cond_jaxpr"])
+    test = _dense_body(params["cond_jaxpr"], control)
 
     def cond_fun(moving: list[Any]) -> Any:
         return test(*cond_consts, *_merge(moving, still, fixed))[0]
 
     def body_fun(moving: list[Any]) -> list[Any]:
-        outs = evaluate(body, closed, [*body_consts, *_merge(moving, still, fixed)])
+        outs = evaluate(body, closed, [*body_consts, *_merge(moving, still, fixed)], control)
         return [materialize(x) for x in _split(outs, fixed)[0]]
 
-    moved = lax.while_loop(cond_fun, body_fun, [materialize(x) for x in moving])
+    moved = control.while_loop(cond_fun, body_fun, [materialize(x) for x in moving])
     return _merge(moved, still, fixed)
 
 
-def _cond(params: dict[str, Any], operands: list[Any]) -> list[Any]:
+def _cond(params: dict[str, Any], operands: list[Any], control: Control) -> list[Any]:
     index, *rest = operands
-    return lax.switch(index, [_dense_body(b) for b in params["branches"]], *rest)
+    branches = [_dense_body(b, control) for b in params["branches"]]
+    return control.switch(index, branches, *rest)
 
 
-_CONTROL: dict[str, Callable[[dict[str, Any], list[Any]], list[Any]]] = {
+_CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
+
+_CONTROL: dict[str, Callable[[dict[str, Any], list[Any], Control], list[Any]]] = {
     "jit": _inline,
     "pjit": _inline,
     "closed_call": _inline,

@@ -1,9 +1,6 @@
 """compressed(fn) equals fn on the decompressed tree, in value and in gradient."""
 
-import subprocess
-import sys
-import textwrap
-
+import eight_devices
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -507,13 +504,4 @@ for spec in (jc.Quantize("int8", group_size=16), jc.Quantize("int4", group_size=
 
 @pytest.mark.parametrize("axes", ["Auto", "Explicit"])
 def test_sharded_leaves_keep_their_shardings_and_values(axes):
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED), axes],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    eight_devices.run(SHARDED, axes)

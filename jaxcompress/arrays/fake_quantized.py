@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays import affine
-from jaxcompress.arrays.base import CompressedArray, narrows, register_array, register_rule
+from jaxcompress.arrays.base import CompressedArray, narrows, register_array
 from jaxcompress.arrays.quantized import QuantizedArray
 
 
@@ -168,4 +168,3 @@ class FakeQuantizedArray(CompressedArray):
     def describe(self) -> str:
         group = "" if self.group_size is None else f"/{self.group_size}"
         return f"fake {self.format}{group}{'' if self.symmetric else ' affine'}"
-
