@@ -58,29 +58,29 @@ def is_traceable(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
+def is_explicit(x: jax.Array) -> bool:
+    """Whether the type of `x` says where it lies, on a mesh with Explicit axes."""
+    return jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
 def look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
     """`table[indices]` for indices that are in bounds, placed like the indices.
 
     On a mesh with Explicit axes a look-up must be told where its outcome lies.
     """
-    place = jax.typeof(indices).sharding
-    explicit = jax.sharding.AxisType.Explicit in place.mesh.axis_types
-    return table.at[indices].get(mode="promise_in_bounds", out_sharding=place if explicit else None)
+    place = jax.typeof(indices).sharding if is_explicit(indices) else None
+    return table.at[indices].get(mode="promise_in_bounds", out_sharding=place)
 
 
 def iota_like(like: jax.Array, axis: int) -> jax.Array:
     """The index along one axis at each place of an array, uint32, placed like the array."""
-    place = jax.typeof(like).sharding
-    explicit = jax.sharding.AxisType.Explicit in place.mesh.axis_types
-    return jax.lax.broadcasted_iota(
-        jax.numpy.uint32, like.shape, axis, out_sharding=place if explicit else None
-    )
+    place = jax.typeof(like).sharding if is_explicit(like) else None
+    return jax.lax.broadcasted_iota(jax.numpy.uint32, like.shape, axis, out_sharding=place)
 
 
 def auto(fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
     """`fn(x)`; where x lies by Explicit axes, with Auto ones inside and a replicated outcome."""
-    mesh = jax.typeof(x).sharding.mesh
-    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+    if not is_explicit(x):
         return fn(x)
     spec = jax.sharding.PartitionSpec()
     return jax.sharding.auto_axes(fn, out_sharding=spec)(x)

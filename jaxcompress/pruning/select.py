@@ -17,6 +17,7 @@ from jax import lax
 
 from jaxcompress import compat
 from jaxcompress.errors import CompressError
+from jaxcompress.lowering import by_devices
 
 
 def kept_count(size: int, sparsity: float) -> int:
@@ -95,7 +96,7 @@ def top_masks(scores: Sequence[jax.Array], k: int | jax.Array) -> list[jax.Array
     Ties are broken by the lowest index, counted through the arrays in their order.
 
     Args:
-      scores: arrays of floats, fewer than 2**32 values together.
+      scores: arrays of floats, fewer than 2**32 - 2 values together.
       k: how many to keep in total; may be traced.
 
     Returns:
@@ -109,7 +110,7 @@ def top_masks(scores: Sequence[jax.Array], k: int | jax.Array) -> list[jax.Array
     offsets = [0]
     for x in scores:
         offsets.append(offsets[-1] + x.size)
-    if offsets[-1] >= 2**32:
+    if offsets[-1] >= 2**32 - 2:
         raise CompressError(f"{offsets[-1]} values are too many to rank together; split the rules")
     total = offsets[-1]
     if not total:
@@ -128,7 +129,7 @@ def top_masks(scores: Sequence[jax.Array], k: int | jax.Array) -> list[jax.Array
     # More may reach the threshold than shall stay: then the last of those that equal it go.
     equal = count(jnp.uint32(1))
     ties = equal + k - reached
-    last, _ = _search(count, ties, jnp.uint32(1), equal, jnp.uint32(total + 1))
+    last, _ = _search(count, ties, jnp.uint32(1), equal, jnp.uint32(total + 2))
     return [(order_bits(x) > threshold) | (place(x, n) >= last) for x, n in zip(scores, offsets)]
 
 
@@ -146,8 +147,12 @@ def _threshold(scores: Sequence[jax.Array], k: jax.Array) -> tuple[jax.Array, ja
 
 
 def _largest(x: jax.Array) -> jax.Array:
-    """The largest magnitude, without writing the magnitudes to memory first."""
-    return jnp.maximum(jnp.max(x), -jnp.min(x)).astype(jnp.float32)
+    """A bound of the magnitudes, without writing them to memory first: the largest, or more.
+
+    Numbers that are subnormal may read as zero here, so the bound is at least a normal one.
+    """
+    largest = jnp.maximum(jnp.max(x), -jnp.min(x)).astype(jnp.float32)
+    return jnp.maximum(largest, jnp.float32(jnp.finfo(x.dtype).smallest_normal))
 
 
 def _reaching(
@@ -166,16 +171,24 @@ def _reaching(
 
 
 def _count(mask: jax.Array) -> jax.Array:
-    """How many are true, uint32.
+    """How many are true, uint32."""
+    return by_devices(_sum, _short_sums)(mask)
 
-    XLA:CPU writes the numbers that it sums to memory first, so they had better be short: the sum
-    along the longest axis that 16 bits can count takes a third of the time.
+
+def _sum(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, dtype=jnp.uint32)
+
+
+def _short_sums(mask: jax.Array) -> jax.Array:
+    """The sum by way of sums that 16 bits hold.
+
+    XLA:CPU writes the numbers that it sums to memory first, so they had better be short: this
+    takes a third of the time. Across devices it would add up vectors where a scalar will do.
     """
-    short = [axis for axis, n in enumerate(mask.shape) if n < 2**16]
-    if mask.ndim < 2 or not short:
-        return jnp.sum(mask, dtype=jnp.uint32)
-    axis = max(short, key=lambda axis: mask.shape[axis])
-    return jnp.sum(jnp.sum(mask, axis=axis, dtype=jnp.uint16), dtype=jnp.uint32)
+    flat, lanes = mask.reshape(-1), 2**12
+    whole = flat.size - flat.size % lanes
+    short = jnp.sum(flat[:whole].reshape(lanes, -1), axis=0, dtype=jnp.uint16)
+    return _sum(short) + _sum(flat[whole:])
 
 
 def _search(

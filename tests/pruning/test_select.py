@@ -1,5 +1,6 @@
 """Which weights stay, against sorts of numpy; and the layouts that store them."""
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,7 +12,14 @@ from hypothesis.extra import numpy as hnp
 
 import jaxcompress as jc
 from jaxcompress.arrays.sparse import best_layout, encode
-from jaxcompress.pruning.select import kept_count, n_of_m_mask, top_mask
+from jaxcompress.pruning.select import (
+    has_nan,
+    kept_count,
+    kth_largest,
+    n_of_m_mask,
+    top_mask,
+    top_masks,
+)
 
 
 def reference_mask(w, k):
@@ -174,3 +182,89 @@ def test_the_pattern_runs_along_the_inputs():
     np.testing.assert_array_equal(kept.reshape(4, 4, 6).sum(1), 2)
     tree = jc.compress({"embedding": w.T}, {"**": jc.Prune(0.75, pattern="1:4")})
     np.testing.assert_array_equal(tree["embedding"].mask().reshape(6, 4, 4).sum(2), 1)
+
+
+DISTRIBUTIONS = {
+    "normal": lambda rng, n: rng.normal(size=n),
+    "uniform": lambda rng, n: rng.uniform(-1, 1, n),
+    "lognormal": lambda rng, n: rng.lognormal(0, 4, n),
+    "ties": lambda rng, n: np.round(rng.normal(size=n), 1),
+    "mostly zero": lambda rng, n: np.where(rng.random(n) < 0.9, 0, rng.normal(size=n)),
+    "constant": lambda rng, n: np.full(n, -2.5),
+    "two clusters": lambda rng, n: rng.choice([1e-30, 1e30], n) * rng.uniform(1, 1.001, n),
+    "huge": lambda rng, n: rng.choice([np.inf, 3.4e38, -3.4e38, 0.0], n),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_kth_largest_against_a_partition(name):
+    w = DISTRIBUTIONS[name](np.random.default_rng(1), 30_011).astype(np.float32)
+    find = jax.jit(kth_largest)
+    for k in (1, 2, 77, 3_001, 15_005, 29_000, 30_010, 30_011):
+        expected = np.partition(np.abs(w), -k)[-k]
+        assert find(jnp.asarray(w), k) == expected
+        mask = np.asarray(jax.jit(top_mask)(jnp.asarray(w), k))
+        np.testing.assert_array_equal(mask, reference_mask(w, k))
+
+
+def test_masks_across_arrays_are_those_of_the_joined_array():
+    rng = np.random.default_rng(2)
+    parts = [np.round(rng.normal(size=s), 1).astype(np.float32) for s in ((7, 5), (0, 3), (400,))]
+    whole = np.concatenate([p.reshape(-1) for p in parts])
+    for k in (0, 1, 100, 434, 435):
+        masks = jax.jit(top_masks)([jnp.asarray(p) for p in parts], k)
+        joined = np.concatenate([np.asarray(m).reshape(-1) for m in masks])
+        np.testing.assert_array_equal(joined, reference_mask(whole, k))
+
+
+def test_a_nan_counts_as_largest_whatever_its_bits():
+    bits = np.array([0x7F800001, 0xFFFFFFFF, 0x7FC00000], np.uint32)
+    w = np.concatenate([bits.view(np.float32), np.array([np.inf, 1.0, -2.0], np.float32)])
+    for k in range(4):
+        mask = np.asarray(top_mask(jnp.asarray(w), k))
+        assert mask.sum() == k
+        assert not mask[3:].any()
+    assert np.asarray(top_mask(jnp.asarray(w), 4))[3]
+    assert bool(has_nan(jnp.asarray(w)))
+    assert not bool(has_nan(jnp.asarray(w[3:])))
+    assert not bool(has_nan(jnp.zeros((0, 3))))
+
+
+def test_a_count_may_be_traced_and_mapped():
+    w = jnp.asarray(few_values(5, 600).reshape(3, 200))
+    ks = jnp.array([0, 77, 200])
+    masks = jax.jit(jax.vmap(top_mask))(w, ks)
+    for row, k, mask in zip(w, ks, masks):
+        np.testing.assert_array_equal(mask, reference_mask(np.asarray(row), int(k)))
+
+
+SHARDED = """
+import re, sys, jax, jax.numpy as jnp, numpy as np, jaxcompress as jc
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+kind = getattr(AxisType, sys.argv[1])
+mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
+x = jnp.round(jax.random.normal(jax.random.key(0), (64, 32)), 1)
+functions = (jc.pruning.top_mask, jc.pruning.kth_largest,
+             lambda x, k: jc.pruning.top_masks([x, -x], k),
+             lambda x, k: jc.pruning.n_of_m_mask(x, 2, 4, -2))
+for place in (P("a", "b"), P("a"), P(None, "b"), P(("a", "b"))):
+    for f in functions:
+        with jax.set_mesh(mesh):
+            there = jax.device_put(x, NamedSharding(mesh, place))
+            program = jax.jit(f).lower(there, 700).compile()
+            out = program(there, 700)
+        np.testing.assert_equal(*map(jax.device_get, (out, f(jax.device_get(x), 700))))
+        text = program.as_text()
+        for moved in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+            assert moved not in text, (place, moved)
+        reduced = re.findall(r"(\\w+\\[[\\d,]*\\])\\S* all-reduce", text)
+        assert set(reduced) <= {"u32[]", "f32[]"}, (place, reduced)
+        assert reduced or f is functions[-1]
+        if f is jc.pruning.top_mask:
+            assert out.sharding.is_equivalent_to(there.sharding, 2)
+"""
+
+
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_devices_exchange_nothing_but_scalars(axes):
+    eight_devices.run(SHARDED, axes)
