@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.errors import CompressError
 
@@ -54,7 +55,7 @@ def soft_targets(
         )
     if student.ndim == 0:
         raise CompressError("logits need an axis of classes; these are scalars")
-    if not isinstance(temperature, jax.core.Tracer) and not jnp.all(jnp.asarray(temperature) > 0):
+    if not isinstance(temperature, jax.core.Tracer) and not np.all(np.asarray(temperature) > 0):
         raise CompressError(f"temperature={temperature}: write a positive number, such as 2.0")
     temperature = jnp.asarray(temperature, jnp.float32)
 

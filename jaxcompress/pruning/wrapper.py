@@ -100,7 +100,8 @@ def sparsify(
 
     Raises:
       RuleError: from `init`, for a rule that matches nothing or what cannot be pruned.
-      SpecError: from `init`, where the params hold NaN, naming the leaf.
+      SpecError: from `init`, where the params hold NaN, naming the leaf, or the schedule ends
+        before an `n:m` pattern is reached.
 
     References:
       Zhu and Gupta, *To Prune, or Not to Prune*, 2017; Lee et al., *JaxPruner: A Concise Library
@@ -133,6 +134,7 @@ def sparsify(
     def init(params: Any) -> SparsifyState:
         sites = _sites(params, rules, axes or {})
         leaves, structure = jax.tree.flatten(params)
+        _check_patterns(sites, schedule)
         _check_nan(sites, leaves)
         masks: list[Any] = [optax.MaskedNode()] * len(leaves)
         for site in sites:
@@ -297,6 +299,18 @@ def _site(
     shape = tuple(array.shape)
     numbers = None if kind == "unstructured" else parse_pattern(kind)
     return _Site(place, path, shape, where.batch_ndim(array.ndim), numbers, max(where.input))
+
+
+def _check_patterns(sites: Sequence[_Site], schedule: Schedule) -> None:
+    for site in sites:
+        if site.pattern is None:
+            continue
+        n, m = site.pattern
+        if kept_count(m, schedule.final) > n:
+            raise SpecError(
+                f"{site.path}: {n}:{m} removes {1 - n / m:g} of the weights, and the schedule ends "
+                f"at {schedule.final:g}: write a final sparsity of at least {1 - n / m:g}"
+            )
 
 
 def _check_nan(sites: Sequence[_Site], leaves: Sequence[Any]) -> None:

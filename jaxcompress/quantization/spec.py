@@ -134,6 +134,7 @@ class FakeQuantize(Quantize):
       {'kernel': QuantizedArray(float32[2, 1], int4)}
     """
 
+    _: dataclasses.KW_ONLY
     range: str = "dynamic"
 
     def __post_init__(self) -> None:

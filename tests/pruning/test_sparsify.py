@@ -213,7 +213,7 @@ INNER = {
             optax.adam(learning_rate), 4
         ).gradient_transformation()
     )(1e-2),
-    "sparsify": lambda: jc.sparsify(optax.adam(1e-2), magnitude(), one_shot(0.5), {"b/*": "1:4"}),
+    "sparsify": lambda: jc.sparsify(optax.adam(1e-2), magnitude(), one_shot(0.75), {"b/*": "1:4"}),
 }
 
 
@@ -389,6 +389,10 @@ def test_bad_input():
     small = {"w": jc.Quantize("int8")(jnp.ones((4, 4)))}
     with pytest.raises(jc.RuleError, match="a QuantizedArray that holds no dense weight"):
         init({"*": "unstructured"}, small)
+    with pytest.raises(
+        jc.SpecError, match=r"1:4 removes 0\.75 .* ends at 0\.5: write a final spars"
+    ):
+        init({"**/kernel": "1:4"})
     with pytest.raises(jc.SpecError, match="is no algorithm: write one such as"):
         jc.sparsify(optax.sgd(0.1), "magnitude", one_shot(0.5), RULES)
     with pytest.raises(jc.SpecError, match="is no schedule: write one such as"):
