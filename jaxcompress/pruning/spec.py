@@ -29,14 +29,16 @@ class Prune(Spec):
     whichever is smaller.
 
     Args:
-      sparsity: the share of weights to remove, from 0 to 1.
+      sparsity: the share of weights to remove, from 0 to 1. None: remove nothing but the zeros that
+        are there, as `sparsify` leaves them; a weight of a stack that has more of them than
+        another keeps some.
       pattern: None for any place, or `"n:m"`: n of each m consecutive weights along the last
         input axis stay, where `n/m = 1 - sparsity`.
       score: `magnitude`, `|w|`.
 
     Raises:
       SpecError: for a sparsity outside of 0 to 1, an unknown score, or a pattern that says
-        another sparsity.
+        another sparsity; for None inside of jit, where zeros cannot be counted.
 
     References:
       Han et al., *Learning both Weights and Connections for Efficient Neural Networks*, 2015;
@@ -49,22 +51,30 @@ class Prune(Spec):
       [[0.0, 0.0], [0.0, 0.0], [4.0, 5.0], [6.0, 7.0]]
       >>> jc.Prune(0.5, pattern="2:4")(w).materialize().tolist()
       [[0.0, 0.0], [0.0, 0.0], [4.0, 5.0], [6.0, 7.0]]
+      >>> jc.Prune()(w.at[2:].set(0.0))
+      SparseArray(float32[4, 2], 62.5% sparse bitmask)
     """
 
-    sparsity: float
+    sparsity: float | None = None
     _: dataclasses.KW_ONLY
     pattern: str | None = None
     score: str = "magnitude"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.sparsity, numbers.Real) or not 0 <= self.sparsity <= 1:
+        if self.sparsity is None:
+            if self.pattern is not None:
+                raise SpecError(
+                    f"pattern {self.pattern!r} needs its sparsity: write Prune(0.5, "
+                    "pattern='2:4'), or Prune() for the zeros that are there"
+                )
+        elif not isinstance(self.sparsity, numbers.Real) or not 0 <= self.sparsity <= 1:
             raise SpecError(
                 f"sparsity={self.sparsity!r}: write the share to remove, from 0 to 1, such as 0.9"
             )
         if self.score not in SCORES:
             raise SpecError(f"score={self.score!r}: write one of {', '.join(SCORES)}")
-        if self.pattern is not None:
+        if self.pattern is not None and self.sparsity is not None:
             n, m = parse_pattern(self.pattern)
             if not math.isclose(1 - n / m, self.sparsity, abs_tol=1e-6):
                 raise SpecError(
@@ -78,7 +88,9 @@ class Prune(Spec):
             raise SpecError(f"{context.path}: a scalar cannot be pruned; leave it dense")
         batch = context.axes.batch_ndim(leaf.ndim)
         axis = max(context.axes.input)
-        if self.pattern is None:
+        if self.sparsity is None:
+            kept = _nonzeros(leaf, batch, context)
+        elif self.pattern is None:
             kept = kept_count(math.prod(leaf.shape[batch:]), self.sparsity)
         else:
             n, m = parse_pattern(self.pattern)
@@ -91,6 +103,17 @@ class Prune(Spec):
         if 2 * kept < size and self.pattern is None and not isinstance(leaf, jax.core.Tracer):
             layout = best_layout(_mask(self, leaf, kept, axis, batch), kept, batch)
         return _PrunePlan(self, kept, axis, batch, layout)
+
+
+def _nonzeros(leaf: Any, batch_ndim: int, context: LeafContext) -> int:
+    """The most nonzero values that one weight of a stack has."""
+    if isinstance(leaf, jax.core.Tracer):
+        raise SpecError(
+            f"{context.path}: Prune() counts the zeros of a concrete array; call it outside of "
+            "jit, or write a sparsity"
+        )
+    counts = jnp.sum(leaf != 0, axis=tuple(range(batch_ndim, leaf.ndim)), dtype=jnp.uint32)
+    return int(jnp.max(counts, initial=0))
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
