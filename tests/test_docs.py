@@ -12,7 +12,10 @@ import pytest
 import jaxcompress as jc
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/index.md", "docs/guide.md", "docs/design.md"]
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("index", "guide", "training", "statistics", "design")),
+]
 
 
 class Attention(nn.Module):
@@ -59,7 +62,7 @@ def names(tmp_path, monkeypatch):
     return {
         "jc": jc, "jax": jax, "jnp": jnp, "optax": optax, "model": model, "inputs": inputs,
         "x": inputs, "batch": inputs, "params": variables, "variables": variables, "rules": rules,
-        "small": small, "tx": tx, "opt_state": tx.init(trainable), "loss_fn": loss_fn,
+        "small": small, "tx": tx, "opt_state": tx.init(trainable), "loss_fn": loss_fn, "apply": jax.jit(jc.compressed(model.apply)),
     }  # fmt: skip
 
 
@@ -80,3 +83,15 @@ def test_the_code_of_a_page_runs(page, names, capsys):
         after, _, loss = names["step"](before, names["opt_state"], names["batch"])
         assert loss > 0
         assert jax.tree.structure(after) == jax.tree.structure(before)
+    if page == "docs/training.md":
+        assert bool(jnp.all(names["same"]))
+        assert names["loss"] > 0
+        report = jc.pruning.sparsity_report(names["opt_state"])
+        assert len(report.rows) == 5
+        after, _, _ = names["train_step"](
+            names["params"], names["tx"].init(names["params"]), names["batch"]
+        )
+        assert jax.tree.structure(after) == jax.tree.structure(names["params"])
+    if page == "docs/statistics.md":
+        assert len(names["stats"]) == 6
+        assert set(names["some"]) == {p for p in names["stats"] if "mlp" in p}
