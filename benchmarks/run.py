@@ -2,7 +2,8 @@
 
     python benchmarks/run.py [--quick] [--json PATH] [NAME ...]
 
-Names are those of the files beside this one: imports, quantize, kmeans, forward, memory, minilm.
+Names are those of the files beside this one: imports, quantize, kmeans, selection, forward, memory,
+sparsify, fake_quantize, observe, lenet, minilm.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from pathlib import Path
 from common import Row, show
 
 HERE = Path(__file__).parent
-NAMES = ("imports", "quantize", "kmeans", "forward", "memory", "minilm")
+NAMES = (
+    "imports", "quantize", "kmeans", "selection", "forward", "memory", "sparsify", "fake_quantize",
+    "observe", "lenet", "minilm",
+)  # fmt: skip
 # Where pages happen to lie moves a memory-bound program by a tenth from one process to the next,
 # so these run in several, and the median ratio of each row counts.
-PROCESSES = {"quantize": 5}
+PROCESSES = {"quantize": 5, "sparsify": 5}
 
 _CHILD = """
 import importlib, json, sys

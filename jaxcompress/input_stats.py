@@ -50,8 +50,8 @@ def histogram_edges() -> np.ndarray:
 
     Example:
       >>> edges = histogram_edges()
-      >>> [float(x) for x in edges[127 * 8 : 127 * 8 + 3]]
-      [1.0, 1.125, 1.25]
+      >>> tuple(float(x) for x in edges[127 * 8 : 127 * 8 + 3])
+      (1.0, 1.125, 1.25)
     """
     bits = np.arange(BINS + 1, dtype=np.uint64) << _BIN_SHIFT
     edges = np.minimum(bits, 2**31 - 1).astype(np.uint32).view(np.float32)

@@ -50,7 +50,6 @@ def compressed(fn: F) -> F:
       >>> y.shape, bool(jnp.allclose(y, 64.0, rtol=1e-5))
       ((1, 32), True)
     """
-
     return walked(fn, Control())
 
 

@@ -104,8 +104,9 @@ def top_masks(scores: Sequence[jax.Array], k: int | jax.Array) -> list[jax.Array
 
     Example:
       >>> import jax.numpy as jnp
-      >>> [m.tolist() for m in top_masks([jnp.array([1.0, 5.0]), jnp.array([-2.0, 5.0])], 2)]
-      [[False, True], [False, True]]
+      >>> first, second = top_masks([jnp.array([1.0, 5.0]), jnp.array([-2.0, 5.0])], 2)
+      >>> first.tolist(), second.tolist()
+      ([False, True], [False, True])
     """
     offsets = [0]
     for x in scores:

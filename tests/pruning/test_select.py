@@ -268,3 +268,12 @@ for place in (P("a", "b"), P("a"), P(None, "b"), P(("a", "b"))):
 @pytest.mark.parametrize("axes", ["Auto", "Explicit"])
 def test_devices_exchange_nothing_but_scalars(axes):
     eight_devices.run(SHARDED, axes)
+
+
+def test_one_cpu_device_counts_in_sixteen_bits():
+    program = jax.jit(top_mask).lower(jnp.ones((256, 512)), 10).compile()
+    assert "u16[" in program.as_text()
+    # In a vector of 4,096 sums nothing is lost, whatever the size.
+    for n in (1, 4095, 4096, 4097, 20_001):
+        w = jnp.where(jnp.arange(n) % 3 == 0, 2.0, 1.0)
+        assert int(jax.jit(top_mask)(w, n // 2).sum()) == n // 2
