@@ -115,6 +115,7 @@ def test_idx_files(tmp_path):
         _mnist.load(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not assets.present("mnist"),
     reason="the images are not there: run `python examples/assets.py mnist`",
