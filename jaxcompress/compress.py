@@ -14,7 +14,7 @@ from jaxcompress.arrays.base import CompressedArray, is_compressed, materialize
 from jaxcompress.errors import RuleError, SpecError
 from jaxcompress.lazy import LazyArray
 from jaxcompress.progress import progress_bar
-from jaxcompress.rules import KernelAxes, default_axes, flatten, match
+from jaxcompress.rules import KernelAxes, check_axes, default_axes, flatten, match
 from jaxcompress.specs import LeafContext, Spec
 
 
@@ -49,7 +49,8 @@ def compress(
       The same tree, the matched leaves compressed.
 
     Raises:
-      RuleError: for a rule that matches nothing, or matches integers.
+      RuleError: for a rule that matches nothing, or matches integers, and for `axes` that name no
+        leaf or do not fit it.
       SpecError: where a spec does not fit its leaf, or the leaf is empty or not finite; the message
         names the leaf. The input is left as it was, unless donated leaves are gone already.
 
@@ -63,9 +64,7 @@ def compress(
     leaves, structure = flatten(params)
     paths = [path for path, _ in leaves]
     hits = match(rules, paths)
-    for path in axes or ():
-        if path not in paths:
-            raise RuleError(f"axes names {path!r}, which is no leaf of the tree")
+    check_axes(axes or {}, leaves)
     for (path, leaf), hit in zip(leaves, hits):
         if hit is not None and hit[1] is not None:
             _check_static(path, leaf, *hit)

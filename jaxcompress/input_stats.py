@@ -100,18 +100,20 @@ def of_rows(x: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
 
 
 def of_look_ups(rows: jax.Array, size: int, names: tuple[str, ...]) -> dict[str, jax.Array]:
-    """The same for one-hot inputs of length `size`, given by the places of their ones."""
-    seen = jnp.zeros(size, jnp.float32).at[rows.reshape(-1)].add(1, mode="drop")
+    """The same for one-hot inputs of length `size`, given by the places of their ones.
+
+    A place out of bounds, negative ones included, is an input of zeros. The histogram leaves out
+    the zeros, of which there may be too many for 32 bits; `finished` puts them in.
+    """
+    places = jnp.where(rows < 0, size, rows).reshape(-1)
+    seen = jnp.zeros(size, jnp.float32).at[places].add(1, mode="drop")
     out = {"count": jnp.asarray(rows.size, jnp.int32)}
     for name in names:
         if name == "abs_max":
             out[name] = jnp.minimum(seen, 1)
         elif name == "histogram":
-            ones = jnp.sum(seen).astype(jnp.int32)
-            zeros = jnp.asarray(rows.size * size, jnp.int32) - ones
-            out[name] = (
-                jnp.zeros(BINS, jnp.int32).at[jnp.array([0, 127 * 8])].set(jnp.stack([zeros, ones]))
-            )
+            ones = jnp.sum(places < size, dtype=jnp.int32)
+            out[name] = jnp.zeros(BINS, jnp.int32).at[127 * 8].set(ones)
         else:
             out[name] = seen
     return out
@@ -122,11 +124,22 @@ def merge(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Arr
     return {n: jnp.maximum(a[n], b[n]) if n == "abs_max" else a[n] + b[n] for n in a}
 
 
-def finished(sums: Mapping[str, Any]) -> InputStats:
-    """Means from sums."""
+def finished(sums: Mapping[str, Any], size: int) -> InputStats:
+    """Means from sums over inputs of `size` values; counts are numpy's, in 64 bits."""
     fields = dict(sums)
-    count = np.asarray(fields["count"])
+    count = fields["count"]
     for name in ("second_moment", "abs_mean"):
         if name in fields:
             fields[name] = fields[name] / jnp.asarray(count[..., None], jnp.float32)
+    if "histogram" in fields:
+        histogram = fields["histogram"].copy()
+        histogram[..., 0] += count * size - histogram.sum(axis=-1)
+        fields["histogram"] = histogram
     return InputStats(**fields)
+
+
+def all_finite(stats: InputStats) -> bool:
+    """Whether no input was NaN or infinite, as far as the statistics show."""
+    floats = (stats.gram, stats.second_moment, stats.abs_mean, stats.abs_max)
+    finite = all(bool(jnp.all(jnp.isfinite(x))) for x in floats if x is not None)
+    return finite and not (stats.histogram is not None and np.any(stats.histogram[..., 255 * 8 :]))

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from jaxcompress import compat
+from jaxcompress.arrays.base import materialize
 from jaxcompress.interpret import compressed
-from jaxcompress.probe import Listener, Probe, joined
+from jaxcompress.probe import Listener, Probe, original
 from jaxcompress.rules import KernelAxes, flatten
 
 
@@ -28,19 +29,21 @@ class _Record(Listener):
             for a, label in enumerate(probe.axes)
             if a not in contract[i] and a not in batch[i]
         ]
-        self.contractions.setdefault(probe.path, (joined(inputs), joined(outputs)))
+        self.contractions.setdefault(probe.path, (original(inputs), original(outputs)))
 
     def convolved(self, probe: Probe, i: int, operands: list[Any], params: dict[str, Any]) -> None:
         if i == 1:
             features = params["dimension_numbers"].rhs_spec[0]
             inputs = [label for a, label in enumerate(probe.axes) if a != features]
-            self.contractions.setdefault(probe.path, (joined(inputs), set(probe.axes[features])))
+            self.contractions.setdefault(
+                probe.path, (original(inputs), original([probe.axes[features]]))
+            )
 
     def looked_up(self, probe: Probe, i: int, operands: list[Any], params: dict[str, Any]) -> None:
         rows = params["dimension_numbers"].start_index_map
         features = [label for a, label in enumerate(probe.axes) if a not in rows]
         looked_up = [probe.axes[a] for a in rows]
-        self.lookups.setdefault(probe.path, (joined(features), joined(looked_up)))
+        self.lookups.setdefault(probe.path, (original(features), original(looked_up)))
 
 
 def kernel_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,8 +79,8 @@ def kernel_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
         it = iter(arrays)
         full = [next(it) if t else x for t, x in zip(traced, leaves)]
         args, kwargs = jax.tree.unflatten(structure, full)
-        values, tree = jax.tree.flatten(params)
-        probes = [Probe.of(value, path, record) for path, value in zip(paths, values)]
+        found, tree = flatten(params)
+        probes = [Probe.of(materialize(leaf), path, record) for path, leaf in found]
         return compressed(fn)(jax.tree.unflatten(tree, probes), *args, **kwargs)
 
     jax.eval_shape(run, params, [x for t, x in zip(traced, leaves) if t])

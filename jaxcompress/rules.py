@@ -175,6 +175,24 @@ def default_axes(path: str, ndim: int) -> KernelAxes:
     return KernelAxes((-2,), (-1,))
 
 
+def check_axes(axes: Mapping[str, KernelAxes], leaves: Sequence[tuple[str, Any]]) -> None:
+    """Refuses axes for leaves that are not there, and those that do not fit their leaf.
+
+    Raises:
+      RuleError: naming the path.
+    """
+    ndims = {path: len(getattr(leaf, "shape", ())) for path, leaf in leaves}
+    for path, found in axes.items():
+        if path not in ndims:
+            raise RuleError(f"axes names {path!r}, which is no leaf of the tree")
+        both = (*found.input, *found.output)
+        if len(both) > ndims[path] or sorted(both) != list(range(-len(both), 0)):
+            raise RuleError(
+                f"axes of {path!r} are {found}; write its last axes as negative numbers, each "
+                f"once: it has {ndims[path]}"
+            )
+
+
 def map_with_path(fn: Callable[[str, Any], Any], tree: Any) -> Any:
     """Maps `fn(path, leaf)` over a tree, compressed leaves whole."""
     leaves, structure = flatten(tree)

@@ -294,6 +294,115 @@ def test_transposed_einsums_and_batched_experts():
     check(stats["experts"][-2,], inputs, stack=(3,))
 
 
+# Functions linear in a weight whose last axis is the output, which meets its inputs in another
+# order than it has them; and the shape of the weight and of the inputs.
+REORDERED = {
+    "reversed": (lambda w, x: x @ w[::-1], (12, 2), (5, 12)),
+    "merged": (lambda w, x: x @ w.transpose(1, 0, 2).reshape(12, 2), (3, 4, 2), (5, 12)),
+    "shuffled": (
+        lambda w, x: x @ w.reshape(3, 4, 2).transpose(1, 0, 2).reshape(12, 2), (12, 2), (5, 12),
+    ),
+    "split": (lambda w, x: jnp.einsum("bji,ijo->bo", x, w.reshape(3, 4, 2)), (12, 2), (5, 4, 3)),
+    "split and reversed": (
+        lambda w, x: jnp.einsum("bji,ijo->bo", x, w[::-1].reshape(3, 2, 2, 2)[:, ::-1].reshape(3, 4, 2)),
+        (12, 2), (5, 4, 3),
+    ),
+    "two axes in the other order": (
+        lambda w, x: jnp.tensordot(x, w, axes=((1, 2), (1, 0))), (3, 4, 2), (5, 4, 3),
+    ),
+    "a unit axis": (
+        lambda w, x: jnp.einsum("zbk,zko->bo", x, w.reshape(1, 12, 2)), (12, 2), (1, 5, 12),
+    ),
+    "rows on the right": (lambda w, x: (w.T @ x.T).T, (12, 2), (5, 12)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_inputs_come_in_the_order_of_the_weight(name):
+    fn, shape, inputs = REORDERED[name]
+    w, x = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), inputs)
+    # What multiplies each weight of the first output, for each row.
+    rows = np.asarray(jax.jacobian(lambda w: fn(w, x)[..., 0])(w)[..., 0], np.float64)
+    ((axes, found),) = everything(lambda p, x: fn(p["w"], x), {"w": w}, [x])["w"].items()
+    assert axes == tuple(range(-len(shape), -1))
+    check(found, rows.reshape(5, 12))
+
+
+def test_a_transposed_convolution_with_a_flipped_kernel():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 3))
+    for transpose in (False, True):
+        model = nn.ConvTranspose(3, (3, 2), (2, 1), transpose_kernel=transpose, use_bias=False)
+        params = model.init(jax.random.key(1), x)
+        first = lambda p, model=model: model.apply(p, x)[..., 0]
+        jacobian = jax.jacobian(first)(params)["params"]["kernel"]
+        ((axes, found),) = everything(model.apply, params, [x])["params/kernel"].items()
+        # The axis of the outputs is the last one, or the one before it.
+        rows = jacobian[..., 0, :] if transpose else jacobian[..., 0]
+        assert axes == ((-4, -3, -1) if transpose else (-4, -3, -2))
+        check(found, np.asarray(rows, np.float64).reshape(-1, 18))
+
+
+def test_a_stack_in_another_order_and_one_that_is_split():
+    stack, x = jax.random.normal(jax.random.key(0), (6, 6, 4)), np.zeros((3, 5, 2, 6))
+    x = np.random.default_rng(0).normal(size=x.shape)
+    fn = lambda p, x: jnp.einsum("mbnk,nmko->mbno", x, p["w"].reshape(2, 3, 6, 4))
+    found = everything(fn, {"w": stack}, [jnp.asarray(x, jnp.float32)])["w"][-2,]
+    check(found, x.transpose(2, 0, 1, 3).reshape(6, 5, 6), stack=(6,))
+    merged = lambda p, x: jnp.einsum(
+        "nbk,nko->nbo", x, p["w"].transpose(1, 0, 2, 3).reshape(6, 6, 4)
+    )
+    x = np.random.default_rng(1).normal(size=(6, 5, 6))
+    two = {"w": stack.reshape(3, 2, 6, 4)}
+    found = everything(merged, two, [jnp.asarray(x, jnp.float32)])["w"][-2,]
+    check(found, x.reshape(2, 3, 5, 6).transpose(1, 0, 2, 3), stack=(3, 2))
+
+
+@pytest.mark.parametrize("layers_of", [1, 3])
+def test_a_scanned_weight_that_is_transposed_in_the_body(layers_of):
+    stack = STACK[:layers_of]
+    fn = lambda p, x: lax.scan(
+        lambda x, w: (jnp.tanh(x @ w.reshape(2, 2, 4).reshape(4, 4).T), None), x, p["w"]
+    )[0]
+    inputs, _ = layers(jnp.swapaxes(stack, 1, 2), X)
+    found = everything(fn, {"w": stack}, [jnp.asarray(X, jnp.float32)])["w"][-1,]
+    check(found, inputs, stack=(layers_of,))
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip", "wrap"])
+def test_look_ups_out_of_bounds(mode):
+    ids = jnp.array([[0, -1, 7], [-7, 5, 5]])
+    table = jnp.arange(6.0)[:, None] + 1
+    fn = lambda p, ids: jnp.take(p["w"], ids, axis=0, mode=mode)
+    found = everything(fn, {"w": table}, [ids])["w"][-2,]
+    read = np.nan_to_num(np.asarray(fn({"w": table}, ids))).reshape(-1).astype(int)
+    uses = np.bincount(read, minlength=7)[1:]
+    np.testing.assert_array_equal(found.gram, uses)
+    assert found.count == 6
+    assert found.histogram[127 * 8] == uses.sum()
+    assert found.histogram.sum() == 36
+
+
+def test_the_zeros_of_many_look_ups_are_counted():
+    ids = jnp.zeros((8, 1024), jnp.int32)
+    fn = lambda p, ids: p["w"][ids].sum()
+    found = jc.observe(fn, {"w": jnp.ones((2**18, 1))}, [ids], "histogram")["w"][-2,]
+    assert found.histogram[0] == 2**13 * 2**18 - 2**13
+
+
+def test_batches_without_rows_and_batches_that_meet_other_weights():
+    x = jnp.asarray(X, jnp.float32)
+    fn = lambda p, x: x @ p["w"] @ p["v"] if x.shape[0] > 3 else x @ p["v"]
+    params = {"w": STACK[0], "v": STACK[1]}
+    for order in ([x, x[:2], x[:0]], [x[:0], x[:2], x]):
+        stats = everything(fn, params, order)
+        check(stats["w"][-2,], X)
+        hidden = X @ np.asarray(STACK[0], np.float64)
+        check(stats["v"][-2,], np.concatenate([hidden, X[:2]]))
+    # A prefix sum takes empty slices of its own.
+    scan = lambda p, x: lax.associative_scan(lambda a, b: jnp.tanh(a @ p["w"]) + b, x)
+    assert jc.observe(scan, params, [x])["w"][-2,].count > 0
+
+
 def test_batches_add_up_whatever_their_size():
     apply = lambda params, batch: batch["x"] @ params["w"]
     params = {"w": STACK[0]}
@@ -405,8 +514,23 @@ def test_what_cannot_be_observed_is_said():
 
     with pytest.raises(jc.SpecError, match=r"w: met no input on axes \(-2,\)"):
         jc.observe(branch, params, [(x, jnp.asarray(False))])
-    with pytest.raises(jc.SpecError, match="2 are cut out of 4 before they are contracted"):
+    with pytest.raises(jc.SpecError, match="2 of the 4 places of its axis -2 are taken out"):
         jc.observe(lambda params, x: x[:, :2] @ params["w"][:2], params, [x])
+    with pytest.raises(jc.SpecError, match="2 of the 3 places of its axis -3 are taken out"):
+        jc.observe(lambda p, x: jnp.stack([x, x]) @ p["stack"][:2], params, [x])
+    scan = lambda w, x: lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+    for part in (slice(None, 2), slice(None, None, -1)):
+        with pytest.raises(jc.SpecError, match="a scan runs over part of its stack, or in another"):
+            jc.observe(lambda p, x, part=part: scan(p["stack"][part], x), params, [x])
+    with pytest.raises(jc.SpecError, match="w: its inputs are complex, and only real ones"):
+        jc.observe(lambda p, x: (x + 1j) @ p["w"], params, [x])
+    with pytest.raises(jc.SpecError, match="meets inputs as one weight and as a stack"):
+        jc.observe(
+            lambda p, x: jnp.einsum("bi,nio->nbo", x, p["stack"]) + jnp.stack([x] * 3) @ p["stack"],
+            params, [x],
+        )  # fmt: skip
+    with pytest.raises(jc.SpecError, match="w: its inputs are NaN or infinite"):
+        jc.observe(apply, params, [x.at[0, 0].set(jnp.inf)], "histogram")
     with pytest.raises(jc.SpecError, match="entry of its axis -3 was taken by an index"):
         jc.observe(lambda params, x: x @ params["stack"][1], params, [x])
 

@@ -197,6 +197,9 @@ def in_range(
 ) -> jax.Array:
     """Where the nearest code is one of the format's, so that `quantize` clips nothing.
 
+    A scale of fewer bits may have been rounded down, which moves the outermost codes outwards; so
+    much is granted besides the half step of rounding.
+
     Args:
       w: the weight; see `quantize` for the others.
       scale: the scale.
@@ -213,7 +216,8 @@ def in_range(
     """
     fmt, spread = int_format(format), lambda x: _spread(_once(x), w.shape, axes, group_size)
     x = divide(w.astype(jnp.float32), spread(scale))
-    lo, hi = fmt.qmin + narrow - 0.5, fmt.qmax + 0.5
+    margin = 0.5 + (fmt.qmax - fmt.qmin) * float(jnp.finfo(scale.dtype).eps) / 2
+    lo, hi = fmt.qmin + narrow - margin, fmt.qmax + margin
     if zero_point is not None:
         x = x + spread(zero_point)
     return (x >= lo) & (x <= hi)

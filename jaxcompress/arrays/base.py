@@ -80,8 +80,11 @@ class CompressedArray:
         raise NotImplementedError
 
     def finalize(self) -> CompressedArray | jax.Array:
-        """The storage form of a trainable leaf; a storage leaf is its own."""
-        return self
+        """The storage form of a trainable leaf; of any other, the same with that of its leaves."""
+        inner = {name: getattr(self, name) for name in self.children}
+        changes = {n: x.finalize() for n, x in inner.items() if isinstance(x, CompressedArray)}
+        changes = {name: x for name, x in changes.items() if x is not inner[name]}
+        return self.replace(**changes) if changes else self
 
     def astype(self, dtype: Any) -> CompressedArray | None:
         """The leaf that computes in another dtype, or None where a cast must be done dense."""

@@ -36,7 +36,7 @@ def soft_targets(
       One float32 value per example, `[...]`; averaging is left to the caller.
 
     Raises:
-      CompressError: for shapes that differ, a scalar, or a temperature that is not positive.
+      CompressError: for shapes that differ, a scalar, or a temperature that is no positive number.
 
     References:
       Hinton, Vinyals and Dean, *Distilling the Knowledge in a Neural Network*, 2015.
@@ -55,7 +55,12 @@ def soft_targets(
         )
     if student.ndim == 0:
         raise CompressError("logits need an axis of classes; these are scalars")
-    if not isinstance(temperature, jax.core.Tracer) and not np.all(np.asarray(temperature) > 0):
+    if np.ndim(temperature):
+        raise CompressError(
+            f"temperature has the shape {np.shape(temperature)}: write one number, or divide the "
+            "logits"
+        )
+    if not isinstance(temperature, jax.core.Tracer) and not 0 < float(temperature) < np.inf:
         raise CompressError(f"temperature={temperature}: write a positive number, such as 2.0")
     temperature = jnp.asarray(temperature, jnp.float32)
 
@@ -65,7 +70,9 @@ def soft_targets(
 
     log_teacher, log_student = log_p(jax.lax.stop_gradient(teacher)), log_p(student)
     p = jnp.exp(log_teacher)
-    # Where p is 0, so is the term, whatever the logarithms: 0 log 0 = 0.
-    counts = p > 0 if where is None else (p > 0) & where
-    gap = jnp.where(counts, log_teacher, 0.0) - jnp.where(counts, log_student, 0.0)
-    return temperature**2 * jnp.sum(p * gap, axis=axis, where=where)
+    # p (e**d - 1 - d) with d = log q - log p sums to the divergence, for both p and q sum to 1; no
+    # term is negative, so that none cancels another. Where p is 0, the limit is q.
+    certain = p == 0 if where is None else (p == 0) | ~jnp.broadcast_to(where, p.shape)
+    d = jnp.where(certain, 0.0, log_student) - jnp.where(certain, 0.0, log_teacher)
+    terms = jnp.where(certain, jnp.exp(log_student), p * (jnp.expm1(d) - d))
+    return temperature**2 * jnp.sum(terms, axis=axis, where=where)

@@ -118,7 +118,8 @@ def _is_state(x: Any) -> bool:
 
 def _mask_rows(state: SparsifyState) -> list[dict[str, Any]]:
     masks = [(path, mask) for path, x in flatten(state.masks)[0] for mask in jax.tree.leaves(x)]
-    return [_row(path, mask, nan) for (path, mask), nan in zip(masks, state.nan, strict=True)]
+    nan = np.asarray(state.nan)  # with leading axes, where several networks are trained at once
+    return [_row(path, mask, nan[..., i].any()) for i, (path, mask) in enumerate(masks)]
 
 
 def _floating(tree: Any) -> list[tuple[str, Any]]:

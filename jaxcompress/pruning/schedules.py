@@ -66,15 +66,18 @@ class Schedule:
         return jnp.where(step < self.begin, 0.0, now)
 
     def kept(self, first: int, last: int, step: jax.Array) -> jax.Array:
-        """How many weights stay: `last + round(r(step) (first - last))`, int32.
+        """How many weights stay: `last + round(r(step) (first - last))`, uint32.
 
         Args:
-          first: how many stay at the sparsity `initial`.
+          first: how many stay at the sparsity `initial`; exact at `begin`.
           last: how many stay at the sparsity `final`; exact from `end` on.
           step: the update.
         """
-        way = self.remaining(step) * jnp.float32(first - last)
-        return last + jnp.round(way).astype(jnp.int32)
+        share, whole = self.remaining(step), abs(first - last)
+        way = jnp.minimum(jnp.round(share * jnp.float32(whole)), 2.0**32 - 2**8)
+        way = jnp.minimum(way.astype(jnp.uint32), jnp.uint32(whole))
+        way = jnp.where(share == 1, jnp.uint32(whole), way)
+        return jnp.uint32(last) + way if first >= last else jnp.uint32(last) - way
 
     def refreshes(self, step: int | jax.Array) -> jax.Array:
         """Whether the masks are chosen anew at this update."""

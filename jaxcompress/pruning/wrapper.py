@@ -19,7 +19,7 @@ from jaxcompress.pruning.allocation import allocation
 from jaxcompress.pruning.schedules import Schedule
 from jaxcompress.pruning.select import has_nan, kept_count, n_of_m_mask, top_mask, top_masks
 from jaxcompress.pruning.spec import parse_pattern
-from jaxcompress.rules import KernelAxes, default_axes, flatten, match
+from jaxcompress.rules import KernelAxes, check_axes, default_axes, flatten, match
 
 
 class SparsifyState(NamedTuple):
@@ -78,9 +78,11 @@ def sparsify(
     traced again, and nothing but scalars passes between devices when masks are chosen.
 
     It must be the outermost link, `sparsify(optax.chain(...), ...)`: a transformation after it
-    would move the zeros. The schedule counts real updates: in `sparsify(optax.MultiSteps(...))`
-    those at the end of an accumulation. Leaves that need other sparsities get a `sparsify` of
-    their own: `sparsify(sparsify(inner, ..., rules_a), ..., rules_b)`.
+    would move the zeros. What an inner optimizer holds besides the params is not pruned: multiply
+    the evaluation params of `optax.contrib.schedule_free` by the masks. The schedule counts real
+    updates: in `sparsify(optax.MultiSteps(...))` those at the end of an accumulation. Leaves that
+    need other sparsities get a `sparsify` of their own:
+    `sparsify(sparsify(inner, ..., rules_a), ..., rules_b)`.
 
     In a compressed leaf with a trainable dense weight, such as `FakeQuantizedArray`, that weight is
     pruned. In a stack of layers (see `axes`) each layer keeps equally many weights, unless the
@@ -99,9 +101,10 @@ def sparsify(
       An optax transformation; its `update` needs the params.
 
     Raises:
-      RuleError: from `init`, for a rule that matches nothing or what cannot be pruned.
-      SpecError: from `init`, where the params hold NaN, naming the leaf, or the schedule ends
-        before an `n:m` pattern is reached.
+      RuleError: from `init`, for a rule that matches nothing or what cannot be pruned, and for
+        `axes` that name no leaf or do not fit it.
+      SpecError: from `init`, where the params hold NaN or infinity, naming the leaf, or the
+        schedule ends before an `n:m` pattern is reached.
 
     References:
       Zhu and Gupta, *To Prune, or Not to Prune*, 2017; Lee et al., *JaxPruner: A Concise Library
@@ -135,7 +138,7 @@ def sparsify(
         sites = _sites(params, rules, axes or {})
         leaves, structure = jax.tree.flatten(params)
         _check_patterns(sites, schedule)
-        _check_nan(sites, leaves)
+        _check_finite(sites, leaves)
         masks: list[Any] = [optax.MaskedNode()] * len(leaves)
         for site in sites:
             masks[site.place] = jnp.ones_like(leaves[site.place], dtype=bool)
@@ -154,7 +157,7 @@ def sparsify(
         sites = _sites(params, rules, axes or {})
         flat_params: tuple[list[Any], Any] = jax.tree.flatten(params)
         weights, structure = flat_params
-        grads = structure.flatten_up_to(updates)
+        grads = _flat_like(structure, updates)
         slots = structure.flatten_up_to(state.masks)
         old = [slots[site.place] for site in sites]
         pruned = [weights[site.place] for site in sites]
@@ -179,7 +182,8 @@ def sparsify(
         )
         flat = structure.flatten_up_to(steps)
         for site, mask in zip(sites, new):
-            flat[site.place] = jnp.where(mask, flat[site.place], -weights[site.place])
+            step, weight = flat[site.place], weights[site.place]
+            flat[site.place] = jnp.where(mask, 0 if step is None else step, -weight)
         done = _ends_an_update(state.inner, inner_state)
         return jax.tree.unflatten(structure, flat), SparsifyState(
             state.step + done, jax.tree.unflatten(structure, slots), nan, inner_state
@@ -188,8 +192,19 @@ def sparsify(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _masked(mask: jax.Array, grad: jax.Array) -> jax.Array:
-    return jnp.where(mask, grad, jnp.zeros((), grad.dtype))
+def _flat_like(structure: Any, updates: Any) -> list[Any]:
+    """The gradients in the order of the params, None where there is none."""
+    try:
+        return structure.flatten_up_to(updates)
+    except ValueError as error:
+        raise SpecError(
+            "the gradients have another structure than the params, as under optax.lookahead; "
+            f"sparsify cannot put them together: {str(error).splitlines()[0][:200]}"
+        ) from None
+
+
+def _masked(mask: jax.Array, grad: Any) -> Any:
+    return None if grad is None else jnp.where(mask, grad, jnp.zeros((), grad.dtype))
 
 
 def _choose(
@@ -207,7 +222,8 @@ def _choose(
         else:
             n, m = site.pattern
             first, last = (max(n, kept_count(m, s)) for s in (schedule.initial, schedule.final))
-            masks[i] = n_of_m_mask(scores[i], schedule.kept(first, last, step), m, site.axis)
+            kept = schedule.kept(first, last, step).astype(jnp.int32)
+            masks[i] = n_of_m_mask(scores[i], kept, m, site.axis)
     if algorithm.scope == "global":
         total = sum(math.prod(sites[i].shape) for i in free)
         first, last = (kept_count(total, s) for s in (schedule.initial, schedule.final))
@@ -248,6 +264,7 @@ def _sites(
     leaves, _ = flatten(params)
     if not leaves:  # optax asks for the state of a tree without leaves, to see its structure
         return []
+    check_axes(axes, leaves)
     sites, place = [], 0
     for (path, leaf), hit in zip(leaves, match(rules, [path for path, _ in leaves])):
         size = len(jax.tree.leaves(leaf))
@@ -313,15 +330,15 @@ def _check_patterns(sites: Sequence[_Site], schedule: Schedule) -> None:
             )
 
 
-def _check_nan(sites: Sequence[_Site], leaves: Sequence[Any]) -> None:
+def _check_finite(sites: Sequence[_Site], leaves: Sequence[Any]) -> None:
     for site in sites:
         array = leaves[site.place]
         if isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct)):
             continue
-        if bad := int(jnp.sum(jnp.isnan(array))):
+        if bad := int(jnp.sum(~jnp.isfinite(array))):
             raise SpecError(
-                f"{site.path}: {bad} of {array.size} weights are NaN; mend them, for instance with "
-                "jnp.nan_to_num, before pruning"
+                f"{site.path}: {bad} of {array.size} weights are NaN or infinite; mend them, for "
+                "instance with jnp.nan_to_num, before pruning"
             )
 
 
