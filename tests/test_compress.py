@@ -253,3 +253,23 @@ def test_bytes_are_counted_for_arrays_shapes_keys_and_numbers():
     assert jc.nbytes(tree) == 30 + 16 + 8 + key_bytes
     shapes = jax.eval_shape(lambda: {"w": INT8(jnp.ones((4, 4)))})
     assert jc.nbytes(shapes) == 16 + 8
+
+
+def test_finalize_goes_into_nested_leaves():
+    params = {"w": jax.random.normal(jax.random.key(0), (16, 12))}
+    for first in (jc.LowRank(4), jc.Prune(0.5), jc.Codebook(3)):
+        fake = jc.compress(params, {"w": jc.chain(first, jc.FakeQuantize("int8"))})
+        stored = jc.compress(params, {"w": jc.chain(first, jc.Quantize("int8"))})
+        final = jc.finalize(fake)
+        assert jax.tree.structure(final) == jax.tree.structure(stored)
+        assert jc.nbytes(final) == jc.nbytes(stored) < jc.nbytes(fake)
+        np.testing.assert_array_equal(final["w"].materialize(), fake["w"].materialize())
+    same = jc.compress(params, {"w": jc.Quantize("int8")})
+    assert jc.finalize(same)["w"] is same["w"]
+
+
+def test_axes_that_do_not_fit_are_refused():
+    params = {"w": jnp.ones((8, 6))}
+    for wrong in (jc.KernelAxes((-3, -2), (-1,)), jc.KernelAxes((0,), (1,))):
+        with pytest.raises(jc.RuleError, match=r"axes of 'w' are .* it has 2"):
+            jc.compress(params, {"w": jc.Quantize("int8")}, axes={"w": wrong})

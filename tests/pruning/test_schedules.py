@@ -41,7 +41,23 @@ def test_the_end_is_exact_whatever_the_interval(every):
         last = jc.pruning.kept_count(size, 0.9)
         for step in (500, 501, 10_000):
             assert int(schedule.kept(size, last, jnp.int32(step))) == last
-        assert int(schedule.kept(size, last, jnp.int32(3))) == np.float32(size - last) + last
+        assert int(schedule.kept(size, last, jnp.int32(3))) == size
+
+
+@pytest.mark.parametrize("size", [2**24 + 1, 999_999_937, 2**26 + 77, 3_000_000_000, 2**32 - 3])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.9, 1.0])
+def test_counts_of_very_many_weights(size, sparsity):
+    schedule = cubic_schedule(sparsity, end=100)
+    last = jc.pruning.kept_count(size, sparsity)
+    counts = [int(schedule.kept(size, last, jnp.int32(t))) for t in (0, 1, 30, 99, 100)]
+    assert counts[0] == size
+    assert counts[-1] == last
+    exact = [last + (1 - t / 100) ** 3 * (size - last) for t in (0, 1, 30, 99, 100)]
+    # Six roundings of float32, of at most 2**32.
+    np.testing.assert_allclose(counts, exact, rtol=0, atol=1 + 6 * 2.0**8)
+    assert counts == sorted(counts, reverse=True)
+    # And the other way, for a schedule that grows back.
+    assert int(schedule.kept(last, size, jnp.int32(0))) == last
 
 
 def test_counts_are_the_same_compiled_or_not_and_fall():
@@ -56,7 +72,7 @@ def test_counts_are_the_same_compiled_or_not_and_fall():
     share = left / np.float32(767)
     way = share * share * share * np.float32(900_017 - 70_013)
     np.testing.assert_array_equal(compiled, 70_013 + np.round(way).astype(np.int32))
-    assert np.all(np.diff(compiled) <= 0)
+    assert np.all(np.diff(np.asarray(compiled, np.int64)) <= 0)
 
 
 def test_one_shot_and_periodic():

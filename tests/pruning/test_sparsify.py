@@ -14,6 +14,7 @@ from jax import lax
 from test_select import reference_mask
 
 import jaxcompress as jc
+from jaxcompress import KernelAxes
 from jaxcompress.pruning import (
     SparsifyState,
     cubic_schedule,
@@ -344,6 +345,7 @@ def test_many_networks_at_once():
     run = jax.jit(jax.vmap(step, (0, 0, None)))
     for key in jax.random.split(jax.random.key(0), 9):
         many, states = run(many, states, key)
+    assert jc.pruning.sparsity_report(states).rows[0]["size"] == 3 * 96
     for n, params in enumerate(alone):
         one = jax.tree.map(lambda x, n=n: x[n], many)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, params)
@@ -357,6 +359,9 @@ def test_a_nan_is_named():
     broken["b"]["kernel"] = broken["b"]["kernel"].at[3, 2].set(jnp.nan)
     with pytest.raises(jc.SpecError, match="b/kernel: 1 of 60 weights are NaN"):
         tx.init(broken)
+    infinite = {**params, "b": {"kernel": params["b"]["kernel"].at[0].set(jnp.inf)}}
+    with pytest.raises(jc.SpecError, match="b/kernel: 5 of 60 weights are NaN or infinite"):
+        tx.init(infinite)
     updates, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, broken)
     after = optax.apply_updates(broken, updates)
     # It is kept, where it is seen, and the report says which leaf it is in.
@@ -386,6 +391,20 @@ def test_bad_input():
         init({"*": "unstructured"}, {"step": jnp.zeros((), jnp.int32)})
     with pytest.raises(jc.RuleError, match="'scale', a scalar, which cannot be pruned"):
         init({"*": "unstructured"}, {"scale": jnp.ones(())})
+    with pytest.raises(jc.RuleError, match="axes names 'c/kernel', which is no leaf"):
+        init(RULES, axes={"c/kernel": KernelAxes((-2,), (-1,))})
+    for wrong in (KernelAxes((-3, -2), (-1,)), KernelAxes((0,), (1,)), KernelAxes((-1,), (-1,))):
+        with pytest.raises(jc.RuleError, match=r"axes of 'a/kernel' are .* write its last axes as"):
+            init(RULES, axes={"a/kernel": wrong})
+    look = jc.sparsify(
+        optax.lookahead(optax.sgd(0.1), 5, 0.5),
+        magnitude(),
+        one_shot(0.5),
+        {"**/kernel": "unstructured"},
+    )
+    both = optax.LookaheadParams.init_synced(params)
+    with pytest.raises(jc.SpecError, match="another structure than the params"):
+        look.update(params, look.init(both), both)
     small = {"w": jc.Quantize("int8")(jnp.ones((4, 4)))}
     with pytest.raises(jc.RuleError, match="a QuantizedArray that holds no dense weight"):
         init({"*": "unstructured"}, small)
@@ -397,6 +416,13 @@ def test_bad_input():
         jc.sparsify(optax.sgd(0.1), "magnitude", one_shot(0.5), RULES)
     with pytest.raises(jc.SpecError, match="is no schedule: write one such as"):
         jc.sparsify(optax.sgd(0.1), magnitude(), 0.5, RULES)
+
+
+def test_a_leaf_without_a_gradient():
+    tx = jc.sparsify(optax.sgd(0.1), magnitude(), one_shot(0.5), {"w": "unstructured"})
+    params = {"w": jnp.array([1.0, -2.0, 3.0, -4.0]), "b": jnp.ones(2)}
+    updates, _ = tx.update({"w": None, "b": params["b"]}, tx.init(params), params)
+    np.testing.assert_array_equal(updates["w"], [-1.0, 2.0, 0.0, 0.0])
 
 
 def test_empty_and_odd_shapes():

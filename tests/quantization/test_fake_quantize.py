@@ -90,6 +90,15 @@ def test_gradients_pass_straight_through_and_stop_where_clipped():
     np.testing.assert_array_equal(jax.grad(loss)(follows).weight, weights)
 
 
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float32"])
+def test_no_weight_is_clipped_when_a_static_range_is_made(scale_dtype):
+    # A bfloat16 scale may be rounded down, which moves code 255 by up to half a step.
+    w = jax.random.normal(jax.random.key(0), (256, 512))
+    for format, symmetric in (("uint8", False), ("int8", True), ("uint4", False)):
+        spec = jc.FakeQuantize(format, symmetric=symmetric, range="static", scale_dtype=scale_dtype)
+        assert bool(jnp.all(spec(w).in_range()))
+
+
 def test_against_torch_fake_quantize():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
