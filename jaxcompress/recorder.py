@@ -99,7 +99,9 @@ class Recorder(Listener, Control):
         features = params["dimension_numbers"].rhs_spec[0]
         places = [a for a in range(probe.ndim) if a != features]
         inputs = [probe.axes[a] for a in places]
-        self._check(probe, inputs, [])
+        self._check(
+            probe, [probe.axes[a] for a in places if probe.axes[a] or probe.shape[a] > 1], []
+        )
 
         def rows(x: jax.Array) -> jax.Array:
             """As `[*groups, rows, K]`."""

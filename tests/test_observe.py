@@ -313,6 +313,12 @@ REORDERED = {
     "a unit axis": (
         lambda w, x: jnp.einsum("zbk,zko->bo", x, w.reshape(1, 12, 2)), (12, 2), (1, 5, 12),
     ),
+    "one by one": (
+        lambda w, x: lax.conv_general_dilated(
+            x[:, None], w.reshape(1, 12, 2), (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        )[:, 0],
+        (12, 2), (5, 12),
+    ),
     "rows on the right": (lambda w, x: (w.T @ x.T).T, (12, 2), (5, 12)),
 }  # fmt: skip
 

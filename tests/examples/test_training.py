@@ -56,7 +56,7 @@ def digits():
 
 def test_lenet_stage_by_stage(digits, tmp_path):
     console = Console(record=True, width=120)
-    rows = lenet.compare(digits, tmp_path, console, epochs=15, sparsity=0.9, bits=4, seed=0)
+    rows = lenet.compare(digits, tmp_path, console, epochs=8, sparsity=0.9, bits=4, seed=0)
     assert [row["stage"] for row in rows] == ["dense", "sparse", "codebook"]
     dense, sparse, codebook = rows
     assert sparse["nonzeros"] == jc.pruning.kept_count(266_200, 0.9)

@@ -91,8 +91,9 @@ schedules = st.one_of(
 def test_exact_nonzeros_at_each_of_ten_thousand_random_steps(schedule, seed):
     steps = 2000  # in each of five examples
     tx = jc.sparsify(optax.sgd(0.01), magnitude(), schedule, RULES)
-    _, (counts, masked) = random_steps(tx, tree(), steps, seed)
-    expected = counted(schedule, [96, 60, 24], steps)
+    params = {name: tree()[name] for name in ("a", "stack")}
+    _, (counts, masked) = random_steps(tx, params, steps, seed)
+    expected = counted(schedule, [96, 24], steps)
     for n, (nonzero, kept) in enumerate(zip(counts, masked)):
         layers = np.asarray(nonzero).reshape(steps, -1)
         for layer in layers.T:
@@ -242,10 +243,10 @@ def test_the_schedule_counts_real_updates_and_accumulation_changes_no_weight():
     schedule = one_shot(0.5, at=2)
     tx = jc.sparsify(optax.MultiSteps(optax.sgd(0.1), 3), magnitude(), schedule, RULES)
     params = tree()
-    state, seen = tx.init(params), []
+    state, seen, update = tx.init(params), [], jax.jit(tx.update)
     for _ in range(12):
         grads = jax.tree.map(jnp.ones_like, params)
-        updates, state = tx.update(grads, state, params)
+        updates, state = update(grads, state, params)
         after = optax.apply_updates(params, updates)
         changed = bool(jnp.any(after["a"]["bias"] != params["a"]["bias"]))
         params = after
@@ -331,8 +332,8 @@ def test_a_state_restored_by_orbax_goes_on_bit_for_bit(tmp_path):
 
 def test_many_networks_at_once():
     tx = jc.sparsify(optax.sgd(0.1), magnitude(), cubic_schedule(0.8, end=6, every=2), RULES)
-    alone = [random_steps(tx, tree(seed), 9)[0][0] for seed in range(3)]
-    many = jax.tree.map(lambda *x: jnp.stack(x), *(tree(seed) for seed in range(3)))
+    alone = [random_steps(tx, tree(seed), 9)[0][0] for seed in range(2)]
+    many = jax.tree.map(lambda *x: jnp.stack(x), *(tree(seed) for seed in range(2)))
     states = jax.vmap(tx.init)(many)
 
     def step(params, state, key):
@@ -345,7 +346,7 @@ def test_many_networks_at_once():
     run = jax.jit(jax.vmap(step, (0, 0, None)))
     for key in jax.random.split(jax.random.key(0), 9):
         many, states = run(many, states, key)
-    assert jc.pruning.sparsity_report(states).rows[0]["size"] == 3 * 96
+    assert jc.pruning.sparsity_report(states).rows[0]["size"] == 2 * 96
     for n, params in enumerate(alone):
         one = jax.tree.map(lambda x, n=n: x[n], many)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, params)
