@@ -78,6 +78,10 @@ def test_gradients_pass_straight_through_and_stop_where_clipped():
     # Codes now: 7.4 rounds to 7; 7.6 and -7.6 would round to 8 and are clipped.
     moved = jnp.array([[7.4, -7.6], [7.6, 7.49], [-7.4, 0.0]]) * leaf.scale
     leaf = leaf.replace(weight=moved)
+    # Codes are within +-7, as the convention has them: -8 is none.
+    codes = np.float32([[7, -7], [7, 7], [-7, 0]])
+    np.testing.assert_array_equal(leaf.materialize(), codes * leaf.scale)
+    np.testing.assert_array_equal(leaf.finalize().materialize(), codes * leaf.scale)
     weights = jnp.arange(1.0, 7.0).reshape(3, 2)
     loss = lambda leaf: jnp.sum(weights * leaf.materialize())
     grad = jax.grad(loss, allow_int=True)(leaf).weight
