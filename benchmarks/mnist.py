@@ -1,6 +1,6 @@
 """LeNet-300-100 trained 95% sparse from scratch on the full MNIST, against dense; three seeds.
 
-python benchmarks/lenet.py [--quick]
+python benchmarks/mnist.py [--quick]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def run(quick: bool = False) -> list[Row]:
     try:
         digits = load(fetch("mnist-full"))
     except AssetError as error:
-        print(f"lenet is left out: {error}")
+        print(f"mnist is left out: {error}")
         return []
     rows, pairs = [], []
     for seed in SEEDS[:1] if quick else SEEDS:
@@ -50,7 +50,7 @@ def _row(which: str, dense: float, sparse: float) -> Row:
 
 
 def main() -> None:
-    show("LeNet", run("--quick" in sys.argv))
+    show("MNIST", run("--quick" in sys.argv))
 
 
 if __name__ == "__main__":
