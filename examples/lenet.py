@@ -176,10 +176,10 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="LeNet-300-100")
     for name in (
         "stage",
-        "test accuracy",
+        "accuracy",
         "non-zeros",
-        "bytes in memory",
-        "bytes on disk",
+        "in memory",
+        "on disk",
         "ratio",
     ):
         table.add_column(name, justify="left" if name == "stage" else "right")
@@ -216,7 +216,7 @@ def draw(path: Path, runs: dict[str, list[Progress]], before: Any, after: Any, f
         steps = [p.step for p in run]
         middle.plot(steps, [p.accuracy for p in run], label=name)
         right.plot(steps, [100 * p.sparsity for p in run], label=name)
-    middle.set(title="test accuracy", xlabel="step", ylabel="%")
+    middle.set(title="accuracy", xlabel="step", ylabel="%")
     right.set(title="sparsity", xlabel="step", ylabel="%")
     middle.legend(fontsize="small")
     figure.savefig(path, dpi=120)
