@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -82,10 +83,6 @@ class FakeQuantizedArray(CompressedArray):
     def batch_ndim(self) -> int:
         return max(0, self.weight.ndim + min(self.axes))
 
-    @property
-    def _narrow(self) -> bool:
-        return self.symmetric and self.convention == "absmax"
-
     def params(self) -> tuple[jax.Array, jax.Array | None]:
         """The scale and zero point, fixed or of the present weight."""
         if self.scale is not None:
@@ -102,14 +99,22 @@ class FakeQuantizedArray(CompressedArray):
 
     def codes(self, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
         """The codes of the present weight, int8 or uint8."""
-        return affine.quantize(
+        return self._on_grid(affine.quantize, scale, zero_point)
+
+    def in_range(self) -> jax.Array:
+        """Where the nearest code is one of the format's, so that nothing is clipped."""
+        return self._on_grid(affine.in_range, *self.params())
+
+    def _on_grid(self, fn: Callable[..., jax.Array], scale: Any, zero_point: Any) -> jax.Array:
+        """`affine.quantize` or `affine.in_range` of the weight, with the leaf's settings."""
+        return fn(
             self.weight,
             scale,
             zero_point,
             self.format,
             axes=self.axes,
             group_size=self.group_size,
-            narrow=self._narrow,
+            narrow=self.symmetric and self.convention == "absmax",
         )
 
     def materialize(self, key: jax.Array | None = None) -> jax.Array:
@@ -136,19 +141,6 @@ class FakeQuantizedArray(CompressedArray):
             return rounded(*primals), through.astype(self.float_dtype)
 
         return rounded(self.weight, self.scale, self.zero_point)
-
-    def in_range(self) -> jax.Array:
-        """Where the nearest code is one of the format's, so that nothing is clipped."""
-        scale, zero_point = self.params()
-        return affine.in_range(
-            self.weight,
-            scale,
-            zero_point,
-            self.format,
-            axes=self.axes,
-            group_size=self.group_size,
-            narrow=self._narrow,
-        )
 
     def finalize(self) -> QuantizedArray:
         scale, zero_point = self.params()

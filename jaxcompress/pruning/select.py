@@ -183,8 +183,8 @@ def _sum(mask: jax.Array) -> jax.Array:
 def _short_sums(mask: jax.Array) -> jax.Array:
     """The sum by way of sums that 16 bits hold.
 
-    XLA:CPU writes the numbers that it sums to memory first, so they had better be short: this
-    takes a third of the time. Across devices it would add up vectors where a scalar will do.
+    XLA:CPU writes the numbers that it sums to memory first, so they had better be short.
+    Across devices it would add up vectors where a scalar will do.
     """
     flat, lanes = mask.reshape(-1), 2**12
     whole = flat.size - flat.size % lanes
@@ -202,7 +202,7 @@ def _search(
     """The greatest trial between `low` and `high` that at least k keys reach.
 
     Ends as soon as a trial is reached by exactly k. Regula falsi (Illinois) on the count, which
-    takes half the passes of bisection where values are spread smoothly, with a bisection now and
+    takes fewer passes than bisection where values are spread smoothly, with a bisection now and
     then, and at every second step once it has had its chance: ties make the count jump.
 
     Args:
