@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress.arrays.deferred import deferred_primitive
+from jaxcompress.arrays.layout import Layout
 from jaxcompress.errors import CompressError
 
 Rule = Callable[[int, list[Any], dict[str, Any]], Any]
@@ -93,6 +94,10 @@ class CompressedArray:
     def describe(self) -> str:
         """A short name of the form for tables, such as `int4/64`."""
         return self.form
+
+    def layouts(self) -> dict[str, Layout]:
+        """What the bytes of children hold that an entropy coder would not see, by child."""
+        return {}
 
     def shardings(self, sharding: NamedSharding) -> Any:
         """Where the children go when the dense array lies by `sharding`.

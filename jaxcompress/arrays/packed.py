@@ -11,6 +11,7 @@ import numpy as np
 from jaxcompress.arrays.base import register_array
 from jaxcompress.arrays.bits import pack_bits, unpack_bits
 from jaxcompress.arrays.grid import GridArray
+from jaxcompress.arrays.layout import Fields, Layout
 
 
 @register_array("packed", children=("words",), static=("bits", "axis", "length", "block", "signed"))
@@ -82,6 +83,9 @@ class PackedArray(GridArray):
             return codes
         # In uint8 arithmetic the offset wraps around, and the bits are those of the int8 value.
         return jax.lax.bitcast_convert_type(codes - jnp.uint8(2 ** (self.bits - 1)), jnp.int8)
+
+    def layouts(self) -> dict[str, Layout]:
+        return {"words": Fields(self.bits, self.axis, self.length, self.block)}
 
     def describe(self) -> str:
         return f"{'int' if self.signed else 'uint'}{self.bits}"

@@ -16,6 +16,8 @@ from jaxcompress.arrays.base import (
     materialize,
     register_array,
 )
+from jaxcompress.arrays.bits import period
+from jaxcompress.arrays.layout import Layout, Mask
 from jaxcompress.arrays.packed import PackedArray
 from jaxcompress.errors import SpecError
 
@@ -116,6 +118,19 @@ class SparseArray(CompressedArray):
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
         return self.replace(values=cast(self.values, dtype))
+
+    def layouts(self) -> dict[str, Layout]:
+        index = self.index
+        size = math.prod(self.weight_shape)
+        width = self.weight_shape[-1] if self.weight_shape else 1
+        plain = isinstance(index, PackedArray) and (index.axis, index.block) == (
+            -1,
+            period(index.bits)[0],
+        )
+        if not plain or not size:
+            return {}
+        gaps = (index.bits, index.length) if self.layout == "gaps" else (0, 0)
+        return {"index": Mask(width, size, *gaps)}
 
     def describe(self) -> str:
         inner = f" of {self.values.describe()}" if is_compressed(self.values) else ""

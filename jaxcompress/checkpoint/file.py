@@ -3,54 +3,76 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
-import struct
-import tempfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import safetensors
-from jax import numpy as jnp
 
-from jaxcompress.checkpoint.tree import Reader, decode, encode
+from jaxcompress.arrays.layout import Layout
+from jaxcompress.checkpoint.container import (
+    CODES,
+    DTYPES,
+    Container,
+    Entry,
+    Spool,
+    as_json,
+    open_container,
+    parse_json,
+    write_container,
+)
+from jaxcompress.checkpoint.streams import decode_array, encode_array
+from jaxcompress.checkpoint.tree import Decoder, Encoder, as_dtype
 from jaxcompress.errors import FileError
+from jaxcompress.progress import progress_bar
+from jaxcompress.rules import flatten
 
-VERSION = 1
+VERSION = 2
 _KEY = "jaxcompress"
-
-# Names of the dtypes in a safetensors header.
-_DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
-    "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
-    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
-}  # fmt: skip
-_CODES = {name: code for code, name in _DTYPES.items()}
+# What a coded stream says of itself in the header; less is not worth the time.
+_WORTH = 96
 
 
 def save(
-    path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    tree: Any,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    coded: bool = False,
+    progress: bool = False,
 ) -> None:
     """Writes a tree, compressed leaves in their small form, to one safetensors file.
 
     The file is an ordinary safetensors file: its tensors are the dense leaves and the children of
     the compressed ones, named by path, and its header's metadata hold the structure of the tree
-    and the forms of its leaves. It is written beside the target and renamed, so that a reader never
-    sees half of it and an older file stays until the new one is whole. Equal trees give
-    equal bytes: keys are sorted.
+    and the forms of its leaves, with a checksum of each tensor and of the header itself. It is
+    written beside the target and renamed, so that a reader never sees half of it and an older file
+    stays until the new one is whole. Equal trees give equal bytes: keys are sorted. A leaf that
+    occurs at several places is stored once.
 
     Args:
       path: the file to write.
       tree: a pytree of arrays, compressed leaves, numbers and strings. Dicts, lists and tuples come
-        back as they are; other containers come back as dicts (see `load`'s `like`).
+        back as they are; other containers come back as dicts (see `load`'s `like`). Lazy leaves are
+        read, or compressed, one at a time, and never held together.
       metadata: further strings for the header, returned by `read_metadata`.
+      coded: entropy-code each tensor that becomes smaller by it: lossless, to about the entropy of
+        the codes, indices, masks and scales, at some 40 MB of codes per second when it is
+        loaded. Other readers of safetensors then see coded bytes.
+      progress: show a progress bar on standard error.
 
     Raises:
       FileError: for a leaf that cannot be saved, or metadata that are no strings.
       OSError: when the folder is missing or the disk is full; an older file is left whole.
+
+    References:
+      Duda, *Asymmetric numeral systems*, 2013; Bamler, *Understanding Entropy Coding With
+      Asymmetric Numeral Systems (ANS): a Statistician's Perspective*, 2022 (`constriction`).
 
     Example:
       >>> import tempfile, os, jax.numpy as jnp, jaxcompress as jc
@@ -60,112 +82,140 @@ def save(
       ...     jc.load(path)
       {'kernel': QuantizedArray(float32[64, 64], int8)}
     """
-    tensors: dict[str, Any] = {}
-    described = encode(tree, tensors)
-    header = {_KEY: _json({"version": VERSION, "tree": described})}
-    for name, value in (metadata or {}).items():
-        if not isinstance(name, str) or not isinstance(value, str) or name == _KEY:
+    path = Path(path)
+    strings = _checked(metadata or {})
+    with contextlib.closing(_Writer(path, coded)) as writer:
+        with progress_bar(progress, "writing", _count(tree) if progress else None) as advance:
+            described = Encoder(writer, advance).encode(tree)
+
+        def describe(checksums: list[str]) -> dict[str, str]:
+            ours = {"version": VERSION, "crc32": checksums, "tree": described}
+            return {_KEY: as_json(ours), **strings}
+
+        write_container(path, writer.entries, describe)
+
+
+def _count(tree: Any) -> int | None:
+    with contextlib.suppress(ValueError):  # jax cannot sort keys of two types; they are saved
+        return len(flatten(tree)[0])
+    return None
+
+
+def _checked(metadata: Mapping[str, str]) -> dict[str, str]:
+    for name, value in metadata.items():
+        if not isinstance(name, str) or not isinstance(value, str) or name.startswith(_KEY):
             raise FileError(
-                f"metadata {name!r}: {value!r} must be strings, and not named {_KEY!r}; "
-                "use json.dumps for anything richer"
+                f"metadata {name!r}: {value!r} must be strings, with names that do not begin with "
+                f"{_KEY!r}; use json.dumps for anything richer"
             )
-        header[name] = value
-    # The widest dtypes come first, so that every tensor lies at a multiple of its item size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    _write(Path(path), {name: tensors[name] for name in names}, header)
+    return dict(sorted(metadata.items()))
 
 
-def _json(value: Any) -> str:
-    """JSON in UTF-8, which readers of the format insist on: no half of a surrogate pair."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        near = text[max(0, error.start - 20) : error.end + 20]
-        raise FileError(f"{near!r} is no valid text and cannot be saved: {error}") from error
-    return text
+class _Writer:
+    """Takes the arrays of a tree: coded ones, and those that nobody keeps, go to the disk."""
+
+    def __init__(self, path: Path, coded: bool) -> None:
+        self.entries: list[Entry] = []
+        self._coded = coded
+        self._spool = Spool(path)
+
+    def put(self, name: str, array: Any, layout: Layout | None, held: bool) -> dict[str, Any]:
+        shape, dtype = tuple(array.shape), np.dtype(array.dtype)
+        if self._coded and math.prod(shape) * dtype.itemsize > _WORTH:
+            found = encode_array(_on_host(array), layout)
+            if found is not None and len(found[1]) + _WORTH < math.prod(shape) * dtype.itemsize:
+                how, data = found
+                pieces = self._spool.put(data)
+                self.entries.append(Entry(name, "U8", (len(data),), len(data), pieces))
+                return {"shape": list(shape), "dtype": dtype.name, "coded": how}
+        code, nbytes = CODES.get(dtype.name, "U8"), math.prod(shape) * dtype.itemsize
+
+        def now() -> Iterator[memoryview]:
+            yield _raw(array)  # one at a time comes from its device
+
+        later = now if held else self._spool.put(_raw(array))
+        self.entries.append(Entry(name, code, shape, nbytes, later))
+        return {}
+
+    def close(self) -> None:
+        self._spool.close()
 
 
-def _header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
-    """The head of a safetensors file, up to the first tensor.
-
-    Written here because the library keeps metadata in a hash map, in another order each time.
-    """
-    head: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
-    for name, array in tensors.items():
-        start, end = end, end + array.size * array.dtype.itemsize
-        code = _CODES.get(array.dtype.name, "U8")
-        head[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
-    text = _json(head).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _write(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Writes beside the target, flushes to the disk, and renames."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(_header(tensors, metadata))
-            for array in tensors.values():  # one at a time comes from its device
-                file.write(_raw(array))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+def _on_host(array: Any) -> np.ndarray:
+    """An array as numpy has it, in little-endian order."""
+    host = np.asarray(array)
+    return np.ascontiguousarray(host.astype(host.dtype.newbyteorder("<"), copy=False)).reshape(
+        host.shape
+    )
 
 
 def _raw(array: Any) -> memoryview:
-    little = np.asarray(array).astype(np.dtype(array.dtype).newbyteorder("<"), copy=False)
-    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
+    return _on_host(array).reshape(-1).view(np.uint8).data
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+class _File:
+    """The arrays of an opened file."""
+
+    def __init__(self, container: Container, checksums: list[str]) -> None:
+        self.path = container.path
+        self._container = container
+        self._checksums = dict(zip(container.tensors, checksums))
+
+    def info(self, node: Mapping[str, Any]) -> tuple[tuple[int, ...], np.dtype]:
+        name = node["array"]
+        tensor = self._container.tensors.get(name)
+        if tensor is None:
+            raise FileError(f"{self.path}: the header names a tensor {name!r} that is not there")
+        if "coded" in node:
+            shape = tuple(node["shape"])
+            if not all(isinstance(n, int) and n >= 0 for n in shape):
+                raise FileError(f"the header names an impossible shape {list(shape)}")
+            return shape, as_dtype(node["dtype"])
+        if tensor.code not in DTYPES:
+            raise FileError(f"{self.path}: tensor {name!r} has the unknown dtype {tensor.code!r}")
+        stored = jnp.dtype(DTYPES[tensor.code])
+        return tensor.shape, as_dtype(node["dtype"]) if "dtype" in node else stored
+
+    def read(self, node: Mapping[str, Any]) -> np.ndarray:
+        shape, dtype = self.info(node)
+        name = node["array"]
+        data = self._container.read(name)
+        if f"{zlib.crc32(data.data):08x}" != self._checksums[name]:
+            raise FileError(f"{self.path}: tensor {name!r} is damaged: its checksum does not match")
+        if "coded" in node:
+            return decode_array(node["coded"], data.data, shape, dtype)
+        return data.view(dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Any:
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            yield file
-    except FileNotFoundError:
-        raise
-    except (safetensors.SafetensorError, OSError) as error:
-        raise FileError(f"{path}: not a whole safetensors file: {error}") from error
-
-
-def _described(path: Path, file: Any) -> Any:
-    text = (file.metadata() or {}).get(_KEY)
+def _described(container: Container) -> tuple[Any, list[str]]:
+    """The tree in a header and the checksums of its tensors."""
+    path = container.path
+    text = container.metadata.get(_KEY)
     if text is None:
         raise FileError(
             f"{path}: a safetensors file that jaxcompress did not write; read it with "
-            "safetensors.numpy.load_file and pass the tree to jc.compress"
+            "jc.open_params and pass the tree to jc.compress"
         )
-    try:
-        header = json.loads(text)
-        version, tree = header["version"], header["tree"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FileError(f"{path}: the header is damaged: {error!r}") from error
+    header = parse_json(path, text)
+    version = header.get("version")
     if version != VERSION:
         raise FileError(
             f"{path}: written in version {version!r} of the format, this jaxcompress reads "
-            f"version {VERSION}; update jaxcompress"
+            f"version {VERSION}; " + ("save it anew" if version == 1 else "update jaxcompress")
         )
-    return tree
+    if not container.checked:
+        raise FileError(f"{path}: the header has no checksum; it was written anew by another tool")
+    checksums = header.get("crc32")
+    if not isinstance(checksums, list) or len(checksums) != len(container.tensors):
+        raise FileError(f"{path}: the header is damaged: it has not one checksum for each tensor")
+    return header.get("tree"), checksums
 
 
 def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) -> Any:
     """Reads a tree that `save` wrote, its leaves in their small form.
 
-    Nothing in the file is executed, and no other file is read.
+    Nothing in the file is executed, no other file is read, and every byte that is used has been
+    checked against its checksum.
 
     Args:
       path: the file.
@@ -175,45 +225,21 @@ def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) 
         dicts); its leaves only count by their paths.
 
     Returns:
-      The tree.
+      The tree. What was one leaf at several places is one again.
 
     Raises:
       FileNotFoundError: when there is no such file.
       FileError: when it is truncated, damaged, from a newer version, not ours, or holds a form of
         leaf that no imported package registers.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise FileError(f"{path} is a folder; name the file in it")
-    with _opened(path) as file:
-        described = _described(path, file)
-        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        infos = {name: (tuple(v.get_shape()), v.get_dtype()) for name, v in views.items()}
-
-        def info(name: str) -> tuple[tuple[int, ...], np.dtype]:
-            if name not in infos:
-                raise FileError(f"{path}: the header names a tensor {name!r} that is not there")
-            shape, code = infos[name]
-            if code not in _DTYPES:
-                raise FileError(f"{path}: tensor {name!r} has the unknown dtype {code!r}")
-            return shape, jnp.dtype(_DTYPES[code])
-
-        def read(name: str) -> np.ndarray:
-            info(name)
-            return file.get_tensor(name)
-
-        def read_later(name: str) -> np.ndarray:
-            with _opened(path) as again:
-                return again.get_tensor(name)
-
-        tree = decode(described, Reader(path, info, read_later if lazy else read), lazy=lazy)
-    return tree if like is None else _into(path, like, tree)
+    container = open_container(Path(path))
+    described, checksums = _described(container)
+    tree = Decoder(_File(container, checksums), lazy).decode(described)
+    return tree if like is None else _into(container.path, like, tree)
 
 
 def _into(path: Path, like: Any, tree: Any) -> Any:
     """The leaves of `tree` in the containers of `like`, matched by path."""
-    from jaxcompress.rules import flatten
-
     leaves = flatten(tree)[0]
     loaded = dict(leaves)
     wanted, structure = flatten(like)
@@ -230,5 +256,5 @@ def _into(path: Path, like: Any, tree: Any) -> Any:
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The strings that `save` was given as `metadata`."""
-    with _opened(Path(path)) as file:
-        return {k: v for k, v in (file.metadata() or {}).items() if k != _KEY}
+    strings = open_container(Path(path)).metadata
+    return {k: v for k, v in strings.items() if not k.startswith(_KEY)}

@@ -2,103 +2,168 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.base import CompressedArray, array_type, is_compressed
+from jaxcompress.arrays.layout import Layout
+from jaxcompress.checkpoint.container import CODES
 from jaxcompress.errors import FileError
 from jaxcompress.lazy import LazyArray
 from jaxcompress.rules import is_wrapper_key, path_str
 
-# Names of the dtypes that a safetensors file knows and numpy can hold.
-NATIVE = {
-    "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64",
-    "float16", "bfloat16", "float32", "float64", "complex64",
-}  # fmt: skip
+
+class Sink(Protocol):
+    """Where `encode` puts arrays."""
+
+    def put(self, name: str, array: Any, layout: Layout | None, held: bool) -> dict[str, Any]:
+        """Takes an array; what comes back is what its node must say besides the name.
+
+        `held` tells whether the caller keeps the array until all is written.
+        """
+        ...
 
 
-def encode(tree: Any, tensors: dict[str, Any], path: str = "") -> Any:
-    """Describes a tree as JSON and collects its arrays under their paths in `tensors`.
+@dataclasses.dataclass
+class Encoder:
+    """Describes a tree as JSON and puts its arrays under their paths into a sink.
 
-    Dicts (by sorted keys), lists and tuples keep their kind. Other containers (NNX state, frozen
-    dicts, named tuples) become dicts of their children, and wrappers of one value become the value.
+    An array or leaf that occurs at several places is put once; all places name it.
 
-    Raises:
-      FileError: for a leaf that is no array, number or string; names its path.
+    Attributes:
+      sink: takes the arrays.
+      done: called with the path of each leaf that is through.
     """
-    if tree is None:
-        return None
-    if is_compressed(tree):
-        return _encode_leaf(tree, tensors, path)
-    if isinstance(tree, LazyArray):
-        return encode(tree.load(), tensors, path)
-    if isinstance(tree, (jax.Array, np.ndarray, np.generic)):  # np.float64 is a float as well
-        return _encode_array(tree, tensors, path)
-    if isinstance(tree, (bool, int, float, str)):
-        return {"value": tree}
-    if isinstance(tree, Mapping):
-        for name in tree:
-            if not isinstance(name, (str, int)) or isinstance(name, bool):
-                raise FileError(f"{path or 'the tree'}: key {name!r} is neither string nor integer")
-        names = sorted(tree, key=lambda name: (isinstance(name, str), name))
+
+    sink: Sink
+    done: Callable[[str], None] = lambda path: None
+    _names: set[str] = dataclasses.field(default_factory=set)
+    _nodes: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+
+    def encode(self, tree: Any, path: str = "", held: bool = True) -> Any:
+        """The description of a tree.
+
+        Dicts (by sorted keys), lists and tuples keep their kind. Other containers (NNX state,
+        frozen dicts, named tuples) become dicts of their children, and wrappers of one value become
+        the value.
+
+        Raises:
+          FileError: for a leaf that is no array, number or string; names its path.
+        """
+        if tree is None:
+            return None
+        if isinstance(tree, (CompressedArray, LazyArray, jax.Array, np.ndarray, np.generic)):
+            return self._leaf(tree, path, held)  # np.float64 is a float as well
+        if isinstance(tree, (bool, int, float, str)):
+            return {"value": tree}
+        if isinstance(tree, Mapping):
+            for name in tree:
+                if not isinstance(name, (str, int)) or isinstance(name, bool):
+                    raise FileError(
+                        f"{path or 'the tree'}: key {name!r} is neither string nor integer"
+                    )
+            names = sorted(tree, key=lambda name: (isinstance(name, str), name))
+            return {
+                "dict": [
+                    [name, self.encode(tree[name], _join(path, str(name)), held)] for name in names
+                ]
+            }
+        if type(tree) in (list, tuple):
+            items = [self.encode(x, _join(path, str(i)), held) for i, x in enumerate(tree)]
+            return {"list" if type(tree) is list else "tuple": items}
+        return self._container(tree, path, held)
+
+    def _container(self, tree: Any, path: str, held: bool) -> Any:
+        children = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
+        if len(children) == 1 and children[0][1] is tree:
+            raise FileError(
+                f"{path or 'the tree'}: a {type(tree).__name__} cannot be saved; keep arrays, "
+                "numbers and strings in the tree"
+            )
+        if len(children) == 1 and is_wrapper_key(children[0][0][0]):
+            return self.encode(children[0][1], path, held)
+        named = [(path_str(keys), child) for keys, child in children]
+        return {"dict": [[n, self.encode(child, _join(path, n), held)] for n, child in named]}
+
+    def _leaf(self, leaf: Any, path: str, held: bool) -> Any:
+        known = self._nodes.get(id(leaf))
+        if known is not None:
+            return known[0]
+        if isinstance(leaf, LazyArray):
+            node = self._loaded(leaf.load(), path, held=False)
+        else:
+            node = self._loaded(leaf, path, held)
+        if held:  # and so its id stays its own
+            self._nodes[id(leaf)] = node, leaf
+        self.done(path)
+        return node
+
+    def _loaded(self, leaf: Any, path: str, held: bool) -> Any:
+        if not is_compressed(leaf):
+            return self._array(leaf, path, None, held)
+        return self._compressed(leaf, path, leaf.layouts(), held)
+
+    def _array(self, array: Any, path: str, layout: Layout | None, held: bool) -> Any:
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            raise FileError(f"{path}: a random key cannot be saved; save jax.random.key_data(key)")
+        known = self._nodes.get(id(array))
+        if known is not None:
+            return known[0]
+        name = path or "array"
+        # An integer and a string key may read alike, and one name is the header's own.
+        while name in self._names or name == "__metadata__":
+            name += "'"
+        node = {"array": name}
+        dtype = np.dtype(array.dtype)
+        if dtype.name not in CODES:
+            if dtype.itemsize != 1 or dtype.kind not in "Vf":
+                raise FileError(f"{path}: arrays of dtype {dtype} cannot be saved")
+            node["dtype"] = dtype.name
+        self._names.add(name)
+        node.update(self.sink.put(name, array, layout, held))
+        if held:
+            self._nodes[id(array)] = node, array
+        return node
+
+    def _compressed(
+        self, leaf: CompressedArray, path: str, layouts: Mapping[str, Layout], held: bool
+    ) -> Any:
+        def child(name: str) -> Any:
+            value, where = getattr(leaf, name), f"{path}.{name}"
+            if is_compressed(value):
+                # What its owner knows of the child's bytes is more than what it knows itself.
+                inner = value.layouts()
+                if name in layouts:
+                    inner = dict.fromkeys(inner, layouts[name])
+                return self._compressed(value, where, inner, held)
+            if value is None:
+                return None
+            if not hasattr(value, "dtype"):
+                return self.encode(value, where, held)
+            return self._array(value, where, layouts.get(name), held)
+
         return {
-            "dict": [[name, encode(tree[name], tensors, _join(path, str(name)))] for name in names]
+            "form": leaf.form,
+            "shape": list(leaf.shape),
+            "dtype": np.dtype(leaf.dtype).name,
+            "static": {n: _to_json(getattr(leaf, n), f"{path}.{n}") for n in leaf.static},
+            "children": {name: child(name) for name in leaf.children},
         }
-    if type(tree) in (list, tuple):
-        items = [encode(x, tensors, _join(path, str(i))) for i, x in enumerate(tree)]
-        return {"list" if type(tree) is list else "tuple": items}
-    children = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
-    if len(children) == 1 and children[0][1] is tree:
-        raise FileError(
-            f"{path or 'the tree'}: a {type(tree).__name__} cannot be saved; keep arrays, numbers "
-            "and strings in the tree"
-        )
-    if len(children) == 1 and is_wrapper_key(children[0][0][0]):
-        return encode(children[0][1], tensors, path)
-    named = [(path_str(keys), child) for keys, child in children]
-    return {"dict": [[name, encode(child, tensors, _join(path, name))] for name, child in named]}
 
 
 def _join(path: str, name: str) -> str:
     return f"{path}/{name}" if path else name
-
-
-def _encode_array(array: Any, tensors: dict[str, Any], path: str) -> Any:
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        raise FileError(f"{path}: a random key cannot be saved; save jax.random.key_data(key)")
-    name = path or "array"
-    # An integer and a string key may read alike, and one name is the header's own.
-    while name in tensors or name == "__metadata__":
-        name += "'"
-    node = {"array": name}
-    dtype = np.dtype(array.dtype)
-    if dtype.name not in NATIVE:
-        if dtype.itemsize != 1 or dtype.kind not in "Vf":
-            raise FileError(f"{path}: arrays of dtype {dtype} cannot be saved")
-        node["dtype"] = dtype.name
-    tensors[name] = array
-    return node
-
-
-def _encode_leaf(leaf: CompressedArray, tensors: dict[str, Any], path: str) -> Any:
-    return {
-        "form": leaf.form,
-        "shape": list(leaf.shape),
-        "dtype": np.dtype(leaf.dtype).name,
-        "static": {name: _to_json(getattr(leaf, name), f"{path}.{name}") for name in leaf.static},
-        "children": {
-            name: encode(getattr(leaf, name), tensors, f"{path}.{name}") for name in leaf.children
-        },
-    }
 
 
 def _to_json(value: Any, path: str) -> Any:
@@ -116,7 +181,7 @@ def _to_json(value: Any, path: str) -> Any:
 def _from_json(value: Any) -> Any:
     if isinstance(value, dict):
         if set(value) == {"dtype"}:
-            return _dtype(value["dtype"])
+            return as_dtype(value["dtype"])
         if set(value) == {"tuple"}:
             return tuple(_from_json(v) for v in value["tuple"])
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -124,7 +189,8 @@ def _from_json(value: Any) -> Any:
     raise FileError(f"the header holds {value!r} where a plain value belongs")
 
 
-def _dtype(name: Any) -> np.dtype:
+def as_dtype(name: Any) -> np.dtype:
+    """A dtype by its plain name; anything else is refused."""
     # Numpy reads more than names, structured dtypes among them.
     if isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name):
         with contextlib.suppress(TypeError):
@@ -134,152 +200,188 @@ def _dtype(name: Any) -> np.dtype:
     raise FileError(f"the header names an unknown dtype {name!r}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """How a tensor is read, and what the file says of it.
-
-    Attributes:
-      path: the file, for messages.
-      info: shape and dtype of a tensor, by name.
-      read: the tensor, by name.
-    """
+class Source(Protocol):
+    """Where `Decoder` takes arrays from."""
 
     path: Path
-    info: Callable[[str], tuple[tuple[int, ...], np.dtype]]
-    read: Callable[[str], np.ndarray]
+
+    def info(self, node: Mapping[str, Any]) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and dtype of the array of a node."""
+        ...
+
+    def read(self, node: Mapping[str, Any]) -> np.ndarray:
+        """The array of a node."""
+        ...
 
 
 @contextlib.contextmanager
-def _damage_told(reader: Reader) -> Iterator[None]:
+def damage_told(path: Path) -> Iterator[None]:
     """Whatever a damaged description sets off becomes one kind of error."""
     try:
         yield
     except FileError as error:
         told = str(error)
-        raise FileError(told if str(reader.path) in told else f"{reader.path}: {told}") from error
+        raise FileError(told if str(path) in told else f"{path}: {told}") from error
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise FileError(f"{reader.path}: the header is damaged: {error!r}") from error
+        raise FileError(f"{path}: the header is damaged: {error!r}") from error
 
 
-def decode(node: Any, reader: Reader, *, lazy: bool) -> Any:
-    """Builds the tree that `encode` described.
+@dataclasses.dataclass
+class Decoder:
+    """Builds the tree that an `Encoder` described.
 
-    Raises:
-      FileError: when the description is damaged or names a form that is not registered.
+    A leaf that several places name is read once and is the same object at all of them.
+
+    Attributes:
+      source: gives the arrays.
+      lazy: whether leaves stay in the file.
     """
-    with _damage_told(reader):
-        return _decode(node, reader, lazy, "")
+
+    source: Source
+    lazy: bool
+    _repeated: frozenset[str] = frozenset()
+    _shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def decode(self, node: Any) -> Any:
+        """The tree.
+
+        Raises:
+          FileError: when the description is damaged or names a form that is not registered.
+        """
+        with damage_told(self.source.path):
+            names = collections.Counter(_array_names(node))
+            self._repeated = frozenset(name for name, n in names.items() if n > 1)
+            return self._node(node, "")
+
+    def _node(self, node: Any, where: str) -> Any:
+        """One node; `where` is its path, for messages."""
+        match node:
+            case None:
+                return None
+            case {"value": value} if isinstance(value, (bool, int, float, str)):
+                return value
+            case {"dict": [*items]}:
+                out = {}
+                for item in items:
+                    match item:
+                        case [str() | int() as name, child] if _is_new_key(name, out):
+                            out[name] = self._node(child, _join(where, str(name)))
+                        case _:
+                            raise FileError("the header's tree is damaged: a dict item is no pair")
+                return out
+            case {"list": [*items]}:
+                return self._items(items, where)
+            case {"tuple": [*items]}:
+                return tuple(self._items(items, where))
+            case {"array": str()} | {
+                "form": str(), "static": dict(), "children": dict(), "shape": list(), "dtype": _
+            }:  # fmt: skip
+                return self._once(node, where)
+        raise FileError("the header's tree is damaged: an unknown kind of node")
+
+    def _items(self, items: list[Any], where: str) -> list[Any]:
+        return [self._node(x, _join(where, str(i))) for i, x in enumerate(items)]
+
+    def _once(self, node: dict[str, Any], where: str) -> Any:
+        """A leaf; what is alike in several places is one object."""
+        key = ""
+        if self._repeated.intersection(_array_names(node)):
+            key = json.dumps(node, sort_keys=True)
+            if key in self._shared:
+                return self._shared[key]
+        leaf = self._later(node, where) if self.lazy else self._leaf(node, where)
+        if key:
+            self._shared[key] = leaf
+        return leaf
+
+    def _later(self, node: dict[str, Any], where: str) -> LazyArray:
+        if "array" in node:
+            shape, dtype = self.source.info(node)
+        else:
+            shape, dtype = _shape(node["shape"]), as_dtype(node["dtype"])
+
+        def load() -> Any:
+            with damage_told(self.source.path):
+                return Decoder(self.source, lazy=False)._leaf(node, where)
+
+        return LazyArray(shape, dtype, self._nbytes(node), load)
+
+    def _leaf(self, node: dict[str, Any], where: str) -> Any:
+        if "array" in node:
+            return self._array(node)
+        return self._compressed(node, where)
+
+    def _nbytes(self, node: Any) -> int:
+        if node is None:
+            return 0
+        if "array" in node:
+            shape, dtype = self.source.info(node)
+            return math.prod(shape) * dtype.itemsize
+        return sum(self._nbytes(child) for child in node.get("children", {}).values())
+
+    def _array(self, node: dict[str, Any]) -> jax.Array | np.ndarray:
+        array = self.source.read(node)
+        # Without `jax_enable_x64` a jax array has no 64-bit dtype, and half of each value is lost.
+        narrowed = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
+        return array if narrowed else jnp.asarray(array)
+
+    def _compressed(self, node: dict[str, Any], where: str) -> CompressedArray:
+        form = node["form"]
+        cls = array_type(form)
+        if cls is None:
+            raise FileError(
+                f"{where or 'the tree'} is a leaf of form {form!r}, which is not registered here; "
+                "import the package that defines it before loading"
+            )
+        damaged = f"{where or 'the tree'}, a {form!r} leaf, is damaged"
+        if set(node["children"]) != set(cls.children) or set(node["static"]) != set(cls.static):
+            raise FileError(
+                f"{damaged}: its fields {sorted(node['children'])} and {sorted(node['static'])} "
+                f"are not those of {cls.__name__}, {sorted(cls.children)} and {sorted(cls.static)}"
+            )
+        children = {
+            name: self._node(child, f"{where}.{name}") for name, child in node["children"].items()
+        }
+        for name, child in children.items():
+            if not (
+                child is None or is_compressed(child) or isinstance(child, (jax.Array, np.ndarray))
+            ):
+                raise FileError(f"{damaged}: its {name} is {child!r} and no array")
+        static = {name: _from_json(value) for name, value in node["static"].items()}
+        try:
+            leaf = cls(**children, **static)
+            shape, dtype = list(leaf.shape), np.dtype(leaf.dtype)
+            # What the leaf would compute is traced, so that damage shows here and not in a model.
+            dense = jax.eval_shape(lambda x: x.materialize(), leaf)
+            fits = shape == list(dense.shape) and dtype == dense.dtype
+        except FileError:
+            raise
+        except Exception as error:
+            raise FileError(f"{damaged}: {error}") from error
+        if not fits or shape != node["shape"] or dtype.name != node["dtype"]:
+            raise FileError(
+                f"{damaged}: its parts make {dtype.name}{shape}, the header says "
+                f"{node['dtype']}{node['shape']}"
+            )
+        return leaf
 
 
-def _decode(node: Any, reader: Reader, lazy: bool, where: str) -> Any:
-    """One node; `where` is its path, for messages."""
-    match node:
-        case None:
-            return None
-        case {"value": value} if isinstance(value, (bool, int, float, str)):
-            return value
-        case {"dict": [*items]}:
-            out = {}
-            for item in items:
-                match item:
-                    case [str() | int() as name, child]:
-                        out[name] = _decode(child, reader, lazy, _join(where, str(name)))
-                    case _:
-                        raise FileError("the header's tree is damaged: a dict item is no pair")
-            return out
-        case {"list": [*items]}:
-            return _decode_items(items, reader, lazy, where)
-        case {"tuple": [*items]}:
-            return tuple(_decode_items(items, reader, lazy, where))
-        case {"array": str() as name}:
-            shape, dtype = reader.info(name)
-            if "dtype" in node:
-                dtype = _dtype(node["dtype"])
-            if lazy:
-                size = math.prod(shape) * dtype.itemsize
-                return LazyArray(shape, dtype, size, lambda: _later(_read_array, node, reader))
-            return _read_array(node, reader)
-        case {"form": str(), "static": dict(), "children": dict(), "shape": list(), "dtype": _}:
-            if lazy:
-                size = sum(_nbytes(child, reader) for child in node["children"].values())
-                shape, dtype = _shape(node["shape"]), _dtype(node["dtype"])
-                return LazyArray(
-                    shape, dtype, size, lambda: _later(_read_leaf, node, reader, where)
-                )
-            return _read_leaf(node, reader, where)
-    raise FileError("the header's tree is damaged: an unknown kind of node")
+def _is_new_key(name: str | int, items: dict[Any, Any]) -> bool:
+    return not isinstance(name, bool) and name not in items
 
 
-def _decode_items(items: list[Any], reader: Reader, lazy: bool, where: str) -> list[Any]:
-    return [_decode(x, reader, lazy, _join(where, str(i))) for i, x in enumerate(items)]
-
-
-def _later(read: Callable[..., Any], node: Any, reader: Reader, *where: str) -> Any:
-    with _damage_told(reader):
-        return read(node, reader, *where)
+def _array_names(node: Any) -> Iterator[str]:
+    """The names of all arrays below a node, as often as they are named."""
+    if isinstance(node, dict):
+        if isinstance(node.get("array"), str):
+            yield node["array"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _array_names(child)
 
 
 def _shape(sizes: list[Any]) -> tuple[int, ...]:
     if not all(isinstance(n, int) and n >= 0 for n in sizes):
         raise FileError(f"the header names an impossible shape {sizes}")
     return tuple(sizes)
-
-
-def _nbytes(node: Any, reader: Reader) -> int:
-    if node is None:
-        return 0
-    if "array" in node:
-        shape, dtype = reader.info(node["array"])
-        return math.prod(shape) * dtype.itemsize
-    return sum(_nbytes(child, reader) for child in node.get("children", {}).values())
-
-
-def _read_array(node: dict[str, Any], reader: Reader) -> jax.Array | np.ndarray:
-    array = reader.read(node["array"])
-    if "dtype" in node:
-        array = array.view(_dtype(node["dtype"]))
-    # Without `jax_enable_x64` a jax array has no 64-bit dtype, and would lose half of the value.
-    narrowed = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
-    return array if narrowed else jnp.asarray(array)
-
-
-def _read_leaf(node: dict[str, Any], reader: Reader, where: str) -> CompressedArray:
-    form = node["form"]
-    cls = array_type(form)
-    if cls is None:
-        raise FileError(
-            f"{where or 'the tree'} is a leaf of form {form!r}, which is not registered here; "
-            "import the package that defines it before loading"
-        )
-    damaged = f"{where or 'the tree'}, a {form!r} leaf, is damaged"
-    if set(node["children"]) != set(cls.children) or set(node["static"]) != set(cls.static):
-        raise FileError(
-            f"{damaged}: its fields {sorted(node['children'])} and {sorted(node['static'])} are "
-            f"not those of {cls.__name__}, {sorted(cls.children)} and {sorted(cls.static)}"
-        )
-    children = {
-        name: _decode(child, reader, False, f"{where}.{name}")
-        for name, child in node["children"].items()
-    }
-    for name, child in children.items():
-        if not (
-            child is None or is_compressed(child) or isinstance(child, (jax.Array, np.ndarray))
-        ):
-            raise FileError(f"{damaged}: its {name} is {child!r} and no array")
-    static = {name: _from_json(value) for name, value in node["static"].items()}
-    try:
-        leaf = cls(**children, **static)
-        shape, dtype = list(leaf.shape), np.dtype(leaf.dtype)
-        # What the leaf would compute is traced, so that damage shows here and not in a model.
-        dense = jax.eval_shape(lambda x: x.materialize(), leaf)
-        fits = shape == list(dense.shape) and dtype == dense.dtype
-    except FileError:
-        raise
-    except Exception as error:
-        raise FileError(f"{damaged}: {error}") from error
-    if not fits or shape != node["shape"] or dtype.name != node["dtype"]:
-        raise FileError(
-            f"{damaged}: its parts make {dtype.name}{shape}, the header says "
-            f"{node['dtype']}{node['shape']}"
-        )
-    return leaf

@@ -1,0 +1,303 @@
+"""The outside of a file: a safetensors header whose every byte is checked, and streams after it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import safetensors
+
+from jaxcompress.errors import FileError
+
+# Names of the dtypes in a safetensors header.
+DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
+    "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
+}  # fmt: skip
+CODES = {name: code for code, name in DTYPES.items()}
+
+CHECKSUM = "jaxcompress.checksum"
+# The header's own checksum stands at one place, before anything that could be damaged.
+_HEAD = b'{"__metadata__":{"jaxcompress.checksum":"'
+_DIGITS = 8
+_PIECE = 1 << 24
+
+
+class Tensor(NamedTuple):
+    """One entry of a header: `shape` of `code` from byte `start` to `stop` of the data."""
+
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Container:
+    """An opened file: what its header says, checked against its size.
+
+    Attributes:
+      path: the file.
+      tensors: the entries of the header, by name, in the order of their bytes.
+      metadata: the strings of the header.
+      start: where the data begin.
+      checked: whether the header has a checksum, which then was right.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    start: int
+    checked: bool
+
+    def read(self, name: str) -> np.ndarray:
+        """The bytes of one tensor; no more of the file is read."""
+        tensor = self.tensors[name]
+        with open(self.path, "rb") as file:
+            file.seek(self.start + tensor.start)
+            out = np.fromfile(file, np.uint8, tensor.stop - tensor.start)
+        if out.size != tensor.stop - tensor.start:
+            raise FileError(f"{self.path}: the file was cut while it was read")
+        return out
+
+
+def open_container(path: Path) -> Container:
+    """Opens any safetensors file.
+
+    Raises:
+      FileNotFoundError: when there is none.
+      FileError: when it is truncated, damaged or something else.
+    """
+    if path.is_dir():
+        raise FileError(f"{path} is a folder; name the file in it")
+    with open(path, "rb") as file:
+        text = _header_bytes(path, file)
+    try:
+        # The reference reader's opinion of offsets, shapes and sizes; it reads no data here.
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+    except FileNotFoundError:
+        raise
+    except (safetensors.SafetensorError, OSError) as error:
+        raise FileError(f"{path}: not a whole safetensors file: {error}") from error
+    head = parse_json(path, text)
+    metadata = head.pop("__metadata__", None) or {}
+    try:
+        tensors = {
+            name: Tensor(x["dtype"], tuple(x["shape"]), *x["data_offsets"])
+            for name, x in head.items()
+        }
+    except (TypeError, KeyError) as error:  # beyond what the reference reader refuses
+        raise FileError(f"{path}: the header is damaged: {error!r}") from error
+    ordered = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
+    return Container(path, ordered, metadata, 8 + len(text), text.startswith(_HEAD))
+
+
+def _header_bytes(path: Path, file: BinaryIO) -> bytes:
+    size = os.fstat(file.fileno()).st_size
+    first = file.read(8)
+    length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+    if length > size - 8:
+        refuse_pickle(path, first)
+        raise FileError(
+            f"{path}: not a whole safetensors file: it has {size} bytes, and its first eight "
+            f"promise a header of {length}"
+        )
+    text = file.read(length)
+    if text.startswith(_HEAD):
+        found = text[len(_HEAD) : len(_HEAD) + _DIGITS]
+        if found != _crc(_blanked(text)):
+            raise FileError(f"{path}: the header is damaged: its checksum does not match")
+    return text
+
+
+def refuse_pickle(path: Path, first: bytes) -> None:
+    """Refuses what begins like a pickle or like the archive in which torch keeps one."""
+    if first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        kind = "a pickle"
+    elif first[:4] == b"PK\x03\x04":
+        kind = "a zip archive, perhaps with a pickle in it"
+    else:
+        return
+    raise FileError(
+        f"{path}: {kind}, which could run code and is not opened; save the weights as safetensors"
+    )
+
+
+def _blanked(text: bytes) -> bytes:
+    return _HEAD + b"0" * _DIGITS + text[len(_HEAD) + _DIGITS :]
+
+
+def _crc(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
+
+
+def parse_json(path: Path, text: str | bytes) -> Any:
+    """A JSON object, in which no key may come twice.
+
+    Raises:
+      FileError: when it is none.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise FileError(f"{path}: the key {twice!r} comes twice; which one counts?")
+        return out
+
+    try:
+        found = json.loads(text, object_pairs_hook=unique)
+    except FileError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: damaged, no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise FileError(f"{path}: damaged, a JSON object was expected")
+    return found
+
+
+def as_json(value: Any) -> str:
+    """JSON in UTF-8, which readers of the format insist on: no half of a surrogate pair."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.end + 20]
+        raise FileError(f"{near!r} is no valid text and cannot be saved: {error}") from error
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor to write; `pieces` gives its bytes, when its turn comes."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    nbytes: int
+    pieces: Callable[[], Iterator[Any]]
+
+
+def write_container(
+    path: Path,
+    entries: Sequence[Entry],
+    describe: Callable[[list[str]], Mapping[str, str]],
+    *,
+    checked: bool = True,
+) -> None:
+    """Writes beside the target, flushes to the disk, and renames.
+
+    Written here because the library keeps metadata in a hash map, in another order each time, and
+    wants all tensors in memory.
+
+    Args:
+      path: the file.
+      entries: the tensors. Those of the widest dtype come first, so that every tensor lies at a
+        multiple of its item size.
+      describe: the metadata, from the checksums of the tensors in the order of the file; the
+        length must not depend on them.
+      checked: whether the header has a checksum of its own.
+    """
+    width = {code: np.dtype(name).itemsize for code, name in DTYPES.items() if code != "BF16"}
+    entries = sorted(entries, key=lambda e: (-width.get(e.code, 2), e.name))
+    with replacing(path) as file:
+        blank = ["0" * _DIGITS] * len(entries)
+        file.write(_header(entries, describe(blank), checked))
+        sums = []
+        for entry in entries:
+            crc = 0
+            for piece in entry.pieces():
+                crc = zlib.crc32(piece, crc)
+                file.write(piece)
+            sums.append(f"{crc:08x}")
+        file.seek(0)
+        file.write(_header(entries, describe(sums), checked))
+
+
+def _header(entries: Sequence[Entry], metadata: Mapping[str, str], checked: bool) -> bytes:
+    """The head of the file, up to the first tensor."""
+    start = {CHECKSUM: "0" * _DIGITS} if checked else {}
+    head: dict[str, Any] = {"__metadata__": {**start, **metadata}}
+    if not head["__metadata__"]:
+        del head["__metadata__"]
+    end = 0
+    for entry in entries:
+        begin, end = end, end + entry.nbytes
+        shape = list(entry.shape)
+        head[entry.name] = {"dtype": entry.code, "shape": shape, "data_offsets": [begin, end]}
+    text = as_json(head).encode()
+    text += b" " * (-len(text) % 8)
+    if checked:
+        text = _HEAD + _crc(text) + text[len(_HEAD) + _DIGITS :]
+    return struct.pack("<Q", len(text)) + text
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path` that takes its place once it is whole and on the disk."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+class Spool:
+    """Bytes laid aside on the disk, beside the file that they will be part of."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+
+    def put(self, data: bytes | memoryview) -> Callable[[], Iterator[Any]]:
+        """Writes some bytes; what comes back reads them again, piece by piece."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115
+        start, size = self._file.seek(0, os.SEEK_END), len(data)
+        self._file.write(data)
+
+        def pieces() -> Iterator[bytes]:
+            self._file.seek(start)
+            left = size
+            while left:
+                piece = self._file.read(min(left, _PIECE))
+                left -= len(piece)
+                yield piece
+
+        return pieces
+
+    def close(self) -> None:
+        """Gives the disk space back."""
+        if self._file is not None:
+            self._file.close()
+
+
+def is_name(text: str) -> bool:
+    """Whether a text is a plain file name, which cannot lead out of its folder."""
+    return re.fullmatch(r"[^/\\\0]+", text) is not None and text not in (".", "..")
