@@ -22,6 +22,7 @@ from jaxcompress.arrays.packed import PackedArray
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.arrays.sparse import SparseArray
 from jaxcompress.checkpoint.file import load, read_metadata, save
+from jaxcompress.checkpoint.sources import open_params
 from jaxcompress.compress import (
     combine,
     compress,
@@ -32,7 +33,7 @@ from jaxcompress.compress import (
     trainable_mask,
 )
 from jaxcompress.decomposition.spec import LowRank
-from jaxcompress.errors import CompressError, FileError, RuleError, SpecError
+from jaxcompress.errors import CompressError, FileError, RecipeError, RuleError, SpecError
 from jaxcompress.input_stats import InputStats, histogram_edges
 from jaxcompress.interpret import compressed
 from jaxcompress.kernel_axes import kernel_axes
@@ -41,10 +42,11 @@ from jaxcompress.observe import observe
 from jaxcompress.pruning.spec import Prune
 from jaxcompress.pruning.wrapper import sparsify
 from jaxcompress.quantization.spec import FakeQuantize, Quantize
+from jaxcompress.recipes.recipe import Recipe, Rule
 from jaxcompress.report.summary import Summary, summary
 from jaxcompress.rules import KernelAxes
 from jaxcompress.sharing.spec import Codebook
-from jaxcompress.specs import LeafContext, Plan, Spec, chain
+from jaxcompress.specs import LeafContext, Plan, Spec, chain, register_spec
 
 __all__ = [
     "Codebook",
@@ -65,6 +67,9 @@ __all__ = [
     "Prune",
     "Quantize",
     "QuantizedArray",
+    "Recipe",
+    "RecipeError",
+    "Rule",
     "RuleError",
     "SparseArray",
     "Spec",
@@ -84,11 +89,13 @@ __all__ = [
     "load",
     "nbytes",
     "observe",
+    "open_params",
     "partition",
     "pruning",
     "read_metadata",
     "register_array",
     "register_rule",
+    "register_spec",
     "save",
     "sparsify",
     "summary",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,19 @@ from jaxcompress.arrays.base import CompressedArray, is_compressed, materialize
 from jaxcompress.errors import RuleError, SpecError
 from jaxcompress.lazy import LazyArray
 from jaxcompress.progress import progress_bar
-from jaxcompress.rules import KernelAxes, check_axes, default_axes, flatten, match
+from jaxcompress.rules import KernelAxes, RuleSet, check_axes, default_axes, flatten, match
 from jaxcompress.specs import LeafContext, Spec
 
 
 def compress(
     params: Any,
-    rules: Mapping[str, Spec | None],
+    rules: Mapping[str, Spec | None] | RuleSet,
     *,
     key: jax.Array | None = None,
     donate: bool = False,
     progress: bool = False,
     axes: Mapping[str, KernelAxes] | None = None,
+    lazy: bool = False,
 ) -> Any:
     """Compresses the leaves of a parameter tree by rules.
 
@@ -36,7 +37,7 @@ def compress(
 
     Args:
       params: any pytree of arrays: nested dicts, NNX state, partitioning boxes, lazily loaded.
-      rules: `{pattern: spec}`, in order of precedence.
+      rules: `{pattern: spec}`, in order of precedence; or a `Recipe`.
       key: a random key, for specs that draw.
       donate: delete each dense array once it is compressed. The input is gone then; with it, the
         peak is the input and two leaves rather than the input and the output. An array that
@@ -44,9 +45,12 @@ def compress(
       progress: show a progress bar on standard error.
       axes: the input and output axes of leaves by path, from `kernel_axes`; the conventions of
         Flax for all others (see `default_axes`).
+      lazy: compress each leaf when it is loaded, and each time anew: with lazy leaves of a file in
+        and `save` at the other end, a model larger than memory is compressed leaf by leaf.
 
     Returns:
-      The same tree, the matched leaves compressed.
+      The same tree, the matched leaves compressed. A leaf that occurs at several places, under one
+      spec, is compressed once.
 
     Raises:
       RuleError: for a rule that matches nothing, or matches integers, and for `axes` that name no
@@ -62,47 +66,89 @@ def compress(
       QuantizedArray(float32[256, 64], int4/64)
     """
     leaves, structure = flatten(params)
-    paths = [path for path, _ in leaves]
-    hits = match(rules, paths)
-    check_axes(axes or {}, leaves)
-    for (path, leaf), hit in zip(leaves, hits):
-        if hit is not None and hit[1] is not None:
-            _check_static(path, leaf, *hit)
-    todo = sum(hit is not None and hit[1] is not None for hit in hits)
+    hits = plan_rules(leaves, rules, axes or {})
+    key = rules.key() if key is None and isinstance(rules, RuleSet) else key
+    todo = sum(hit is not None for hit in hits)
     uses = collections.Counter(id(leaf) for _, leaf in leaves)  # a tied leaf must outlive its first
+    tied: dict[Any, Any] = {}
     out: list[Any] = []
-    with progress_bar(progress, "compressing", todo) as advance:
+    with progress_bar(progress, "compressing", 0 if lazy else todo) as advance:
         while leaves:
             # Taken off the list, so that nothing here keeps a donated leaf alive.
-            (path, leaf), hit = leaves.pop(0), hits[len(out)]
-            if hit is None or hit[1] is None:
-                out.append(leaf.load() if isinstance(leaf, LazyArray) else leaf)
+            (path, leaf), hit, index = leaves.pop(0), hits[len(out)], len(out)
+            if hit is None:
+                out.append(leaf if lazy or not isinstance(leaf, LazyArray) else leaf.load())
                 continue
-            alone = uses[id(leaf)] == 1
-            out.append(
-                _compress_leaf(path, leaf, hit[1], key, len(out), donate and alone, axes or {})
-            )
+            tie = (id(leaf), hit.spec, hit.axes) if uses[id(leaf)] > 1 else None
+            small = tied.get(tie)
+            if small is None:
+                context, spare = hit.context(key, index), donate and tie is None
+                one = _lazily if lazy else _compress_leaf
+                small = one(leaf, hit.spec, context, spare)
+                if tie is not None:
+                    tied[tie] = small
+            out.append(small)
             del leaf
             advance(path)
     return jax.tree.unflatten(structure, out)
 
 
-def _compress_leaf(
-    path: str,
-    leaf: Any,
-    spec: Spec,
-    key: jax.Array | None,
-    index: int,
-    donate: bool,
+class Hit(NamedTuple):
+    """What a rule makes of one leaf.
+
+    Attributes:
+      path: the leaf's path.
+      pattern: the pattern that matched.
+      spec: what it is compressed by.
+      axes: its input and output axes.
+    """
+
+    path: str
+    pattern: str
+    spec: Spec
+    axes: KernelAxes
+
+    def context(self, key: jax.Array | None, index: int) -> LeafContext:
+        """What the spec is told; `index` is the number of the leaf in its tree."""
+        leaf_key = None if key is None else jax.random.fold_in(key, index)
+        return LeafContext(self.path, self.axes, leaf_key)
+
+
+def plan_rules(
+    leaves: Sequence[tuple[str, Any]],
+    rules: Mapping[str, Spec | None] | RuleSet,
     axes: Mapping[str, KernelAxes],
-) -> Any:
+) -> list[Hit | None]:
+    """For each leaf what is done to it, or None; all that can be refused before any is touched."""
+    if isinstance(rules, RuleSet):
+        found = rules.match(leaves)
+    else:
+        found = match(rules, [path for path, _ in leaves])
+    check_axes(axes, leaves)
+    hits: list[Hit | None] = []
+    for (path, leaf), hit in zip(leaves, found):
+        if hit is None or hit[1] is None:
+            hits.append(None)
+            continue
+        _check_static(path, leaf, *hit)
+        where = axes.get(path, default_axes(path, len(leaf.shape)))
+        hits.append(Hit(path, *hit, where))
+    return hits
+
+
+def _lazily(leaf: Any, spec: Spec, context: LeafContext, donate: bool) -> LazyArray:
+    return LazyArray(
+        tuple(leaf.shape), np.dtype(leaf.dtype), nbytes(leaf),
+        lambda: _compress_leaf(leaf, spec, context, donate=False),
+    )  # fmt: skip
+
+
+def _compress_leaf(leaf: Any, spec: Spec, context: LeafContext, donate: bool) -> Any:
     array = leaf.load() if isinstance(leaf, LazyArray) else leaf
     if not is_compressed(array):
         array = jnp.asarray(array)
-        _check_finite(path, array)
-    where = axes.get(path, default_axes(path, array.ndim))
-    leaf_key = None if key is None else jax.random.fold_in(key, index)
-    out = spec(array, LeafContext(path, where, leaf_key))
+        _check_finite(context.path, array)
+    out = spec(array, context)
     if isinstance(array, jax.core.Tracer) or any(
         isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(out)
     ):

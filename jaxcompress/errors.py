@@ -13,5 +13,9 @@ class SpecError(CompressError):
     """A spec is impossible, or does not fit the leaf it was given."""
 
 
+class RecipeError(RuleError):
+    """A recipe is no YAML, or says something that is not known; names the line and the key."""
+
+
 class FileError(CompressError):
     """A file is truncated, damaged, not ours, or needs a leaf type that is not registered."""

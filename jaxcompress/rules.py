@@ -6,7 +6,7 @@ import collections
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
@@ -133,6 +133,19 @@ def match(rules: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, Any
     return out
 
 
+@runtime_checkable
+class RuleSet(Protocol):
+    """Rules that look at more of a leaf than its path, such as a `Recipe`."""
+
+    def match(self, leaves: Sequence[tuple[str, Any]]) -> list[tuple[str, Any] | None]:
+        """For each `(path, leaf)` the rule that matches it, as (pattern, spec), or None."""
+        ...
+
+    def key(self) -> jax.Array | None:
+        """The random key for specs that draw, unless the caller has one."""
+        ...
+
+
 class KernelAxes(NamedTuple):
     """Which axes of one weight are inputs (contracted) and which outputs, as negative numbers.
 
@@ -159,11 +172,16 @@ def default_axes(path: str, ndim: int) -> KernelAxes:
     inputs), that attention's `query`, `key` and `value` kernels are `[..., in, heads, depth]`
     and its `out` kernels `[..., heads, depth, out]`, and that an `embedding` is
     `[..., rows, features]`, whose features are contracted when it is tied to the output.
+
+    A `weight`, as PyTorch and Equinox name it, has its output first and its inputs after: a linear
+    layer `[out, in]`, a convolution `[out, in, height, width]`, a table `[rows, features]`.
     """
     if ndim < 2:
         return KernelAxes((-1,) * min(ndim, 1), ())
     owner, _, name = path.rpartition("/")
     owner = owner.rpartition("/")[2]
+    if re.fullmatch(r"(.+_)?weight(_.+)?", name):
+        return KernelAxes(tuple(range(1 - ndim, 0)), (-ndim,))
     if name == "embedding":
         return KernelAxes((-1,), (-2,))
     if ndim >= 3 and owner in ("query", "key", "value"):

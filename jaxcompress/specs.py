@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -96,6 +96,47 @@ class Spec:
             axes = child_axes(leaf, name, child)
             changes[name] = self(child, LeafContext(path, axes, context.key))
         return leaf.replace(**changes)
+
+
+_SPECS: dict[str, type[Spec]] = {}
+
+S = TypeVar("S", bound=Spec)
+
+
+def register_spec(name: str) -> Callable[[type[S]], type[S]]:
+    """Gives a spec its name in recipes: a class decorator.
+
+    Args:
+      name: the key in YAML, such as `quantize`; unique, `package.name` for third parties.
+
+    Raises:
+      CompressError: when the name is taken by another class.
+
+    Example:
+      >>> import dataclasses, jaxcompress as jc
+      >>> @jc.register_spec("example.int8")
+      ... @dataclasses.dataclass(frozen=True, repr=False)
+      ... class Int8(jc.Spec):
+      ...     group_size: int = 64
+      ...     def plan(self, leaf, context):
+      ...         return jc.Quantize("int8", group_size=self.group_size).plan(leaf, context)
+      >>> jc.Recipe.from_yaml("rules: [{match: '**', example.int8: 32}]").rules[0].spec
+      Int8(32)
+    """
+
+    def decorate(cls: type[S]) -> type[S]:
+        taken = _SPECS.get(name)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise CompressError(f"spec {name!r} is already registered by {taken.__qualname__}")
+        _SPECS[name] = cls
+        return cls
+
+    return decorate
+
+
+def spec_names() -> dict[str, type[Spec]]:
+    """The registered specs by name."""
+    return dict(_SPECS)
 
 
 def is_count(x: Any, least: int, most: float = math.inf) -> bool:

@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,13 @@ from jaxcompress.checkpoint.container import (
     write_container,
 )
 from jaxcompress.checkpoint.streams import decode_array, encode_array
-from jaxcompress.checkpoint.tree import Decoder, Encoder, as_dtype
+from jaxcompress.checkpoint.tree import Decoder, Encoder, array_names, as_dtype, leaf_nodes
 from jaxcompress.errors import FileError
 from jaxcompress.progress import progress_bar
 from jaxcompress.rules import flatten
+
+if TYPE_CHECKING:  # a recipe stands above files
+    from jaxcompress.recipes.recipe import Recipe
 
 VERSION = 2
 _KEY = "jaxcompress"
@@ -44,6 +47,7 @@ def save(
     metadata: Mapping[str, str] | None = None,
     *,
     coded: bool = False,
+    recipe: Recipe | None = None,
     progress: bool = False,
 ) -> None:
     """Writes a tree, compressed leaves in their small form, to one safetensors file.
@@ -64,6 +68,7 @@ def save(
       coded: entropy-code each tensor that becomes smaller by it: lossless, to about the entropy of
         the codes, indices, masks and scales, at some 40 MB of codes per second when it is
         loaded. Other readers of safetensors then see coded bytes.
+      recipe: the recipe that made the tree, to keep inside; `Recipe.of_file` reads it.
       progress: show a progress bar on standard error.
 
     Raises:
@@ -89,7 +94,9 @@ def save(
             described = Encoder(writer, advance).encode(tree)
 
         def describe(checksums: list[str]) -> dict[str, str]:
-            ours = {"version": VERSION, "crc32": checksums, "tree": described}
+            ours: dict[str, Any] = {"version": VERSION, "crc32": checksums, "tree": described}
+            if recipe is not None:
+                ours["recipe"] = recipe.to_yaml()
             return {_KEY: as_json(ours), **strings}
 
         write_container(path, writer.entries, describe)
@@ -187,8 +194,13 @@ class _File:
         return data.view(dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
 
 
-def _described(container: Container) -> tuple[Any, list[str]]:
-    """The tree in a header and the checksums of its tensors."""
+def is_ours(container: Container) -> bool:
+    """Whether `save` wrote a file."""
+    return _KEY in container.metadata
+
+
+def _ours(container: Container) -> dict[str, Any]:
+    """What `save` wrote into a header."""
     path = container.path
     text = container.metadata.get(_KEY)
     if text is None:
@@ -205,6 +217,12 @@ def _described(container: Container) -> tuple[Any, list[str]]:
         )
     if not container.checked:
         raise FileError(f"{path}: the header has no checksum; it was written anew by another tool")
+    return header
+
+
+def _described(container: Container) -> tuple[Any, list[str]]:
+    """The tree in a header and the checksums of its tensors."""
+    path, header = container.path, _ours(container)
     checksums = header.get("crc32")
     if not isinstance(checksums, list) or len(checksums) != len(container.tensors):
         raise FileError(f"{path}: the header is damaged: it has not one checksum for each tensor")
@@ -234,8 +252,40 @@ def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) 
     """
     container = open_container(Path(path))
     described, checksums = _described(container)
-    tree = Decoder(_File(container, checksums), lazy).decode(described)
+    tree = Decoder(_File(container, checksums), lazy=lazy).decode(described)
     return tree if like is None else _into(container.path, like, tree)
+
+
+def load_shapes(path: str | os.PathLike[str]) -> Any:
+    """The tree in a file with `jax.ShapeDtypeStruct`s for arrays, from its header alone.
+
+    Raises:
+      FileError: as `load`, but for damage outside of the header.
+    """
+    container = open_container(Path(path))
+    described, checksums = _described(container)
+    return Decoder(_File(container, checksums), shapes=True).decode(described)
+
+
+def stored_bytes(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
+    """What each leaf takes in a file: bytes on the disk by leaf, and there by kind of tensor.
+
+    The kind is the last name of a child, such as `codes` or `scale`, or `dense`. A leaf that
+    occurs at several places counts where it comes first.
+    """
+    container = open_container(Path(path))
+    counted: set[str] = set()
+    out: dict[str, dict[str, int]] = {}
+    for leaf, node in leaf_nodes(_described(container)[0]):
+        kinds = out.setdefault(leaf, {})
+        for name in array_names(node):
+            if name in counted or name not in container.tensors:
+                continue
+            counted.add(name)
+            tensor = container.tensors[name]
+            kind = "dense" if "array" in node else name[len(leaf) + 1 :].split(".")[0]
+            kinds[kind] = kinds.get(kind, 0) + tensor.stop - tensor.start
+    return out
 
 
 def _into(path: Path, like: Any, tree: Any) -> Any:
@@ -252,6 +302,15 @@ def _into(path: Path, like: Any, tree: Any) -> Any:
             f"{path} does not hold the tree of `like`: missing {missing[:3]}, extra {extra[:3]}"
         )
     return jax.tree.unflatten(structure, [loaded[name] for name, _ in wanted])
+
+
+def read_recipe(path: str | os.PathLike[str]) -> str | None:
+    """The YAML of the recipe that `save` was given, or None."""
+    container = open_container(Path(path))
+    text = _ours(container).get("recipe")
+    if text is not None and not isinstance(text, str):
+        raise FileError(f"{path}: the header is damaged: its recipe is no text")
+    return text
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

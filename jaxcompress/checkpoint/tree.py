@@ -235,10 +235,12 @@ class Decoder:
     Attributes:
       source: gives the arrays.
       lazy: whether leaves stay in the file.
+      shapes: whether arrays are shapes alone, and nothing is read.
     """
 
     source: Source
-    lazy: bool
+    lazy: bool = False
+    shapes: bool = False
     _repeated: frozenset[str] = frozenset()
     _shared: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -249,7 +251,7 @@ class Decoder:
           FileError: when the description is damaged or names a form that is not registered.
         """
         with damage_told(self.source.path):
-            names = collections.Counter(_array_names(node))
+            names = collections.Counter(array_names(node))
             self._repeated = frozenset(name for name, n in names.items() if n > 1)
             return self._node(node, "")
 
@@ -261,7 +263,7 @@ class Decoder:
             case {"value": value} if isinstance(value, (bool, int, float, str)):
                 return value
             case {"dict": [*items]}:
-                out = {}
+                out: dict[Any, Any] = {}
                 for item in items:
                     match item:
                         case [str() | int() as name, child] if _is_new_key(name, out):
@@ -285,7 +287,7 @@ class Decoder:
     def _once(self, node: dict[str, Any], where: str) -> Any:
         """A leaf; what is alike in several places is one object."""
         key = ""
-        if self._repeated.intersection(_array_names(node)):
+        if self._repeated.intersection(array_names(node)):
             key = json.dumps(node, sort_keys=True)
             if key in self._shared:
                 return self._shared[key]
@@ -319,7 +321,9 @@ class Decoder:
             return math.prod(shape) * dtype.itemsize
         return sum(self._nbytes(child) for child in node.get("children", {}).values())
 
-    def _array(self, node: dict[str, Any]) -> jax.Array | np.ndarray:
+    def _array(self, node: dict[str, Any]) -> Any:
+        if self.shapes:
+            return jax.ShapeDtypeStruct(*self.source.info(node))
         array = self.source.read(node)
         # Without `jax_enable_x64` a jax array has no 64-bit dtype, and half of each value is lost.
         narrowed = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
@@ -343,9 +347,7 @@ class Decoder:
             name: self._node(child, f"{where}.{name}") for name, child in node["children"].items()
         }
         for name, child in children.items():
-            if not (
-                child is None or is_compressed(child) or isinstance(child, (jax.Array, np.ndarray))
-            ):
+            if not (child is None or is_compressed(child) or isinstance(child, _ARRAYS)):
                 raise FileError(f"{damaged}: its {name} is {child!r} and no array")
         static = {name: _from_json(value) for name, value in node["static"].items()}
         try:
@@ -370,7 +372,10 @@ def _is_new_key(name: str | int, items: dict[Any, Any]) -> bool:
     return not isinstance(name, bool) and name not in items
 
 
-def _array_names(node: Any) -> Iterator[str]:
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+
+def array_names(node: Any) -> Iterator[str]:
     """The names of all arrays below a node, as often as they are named."""
     if isinstance(node, dict):
         if isinstance(node.get("array"), str):
@@ -378,7 +383,20 @@ def _array_names(node: Any) -> Iterator[str]:
         node = list(node.values())
     if isinstance(node, list):
         for child in node:
-            yield from _array_names(child)
+            yield from array_names(child)
+
+
+def leaf_nodes(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """The arrays and compressed leaves of a description with their paths."""
+    match node:
+        case {"dict": [*items]}:
+            for name, child in items:
+                yield from leaf_nodes(child, _join(where, str(name)))
+        case {"list": [*items]} | {"tuple": [*items]}:
+            for i, child in enumerate(items):
+                yield from leaf_nodes(child, _join(where, str(i)))
+        case {"array": _} | {"form": _}:
+            yield where, node
 
 
 def _shape(sizes: list[Any]) -> tuple[int, ...]:

@@ -15,9 +15,10 @@ from jaxcompress.arrays.low_rank import LowRankArray
 from jaxcompress.decomposition.svd import squared_singular_values, truncated_svd
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count, register_spec
 
 
+@register_spec("low_rank")
 @dataclasses.dataclass(frozen=True, repr=False)
 class LowRank(Spec):
     """The best approximation of a kernel by two factors, a truncated SVD.

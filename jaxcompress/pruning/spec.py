@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxcompress.arrays.sparse import SparseArray, best_layout, encode
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.select import kept_count, n_of_m_mask, top_mask
-from jaxcompress.specs import LeafContext, Plan, Spec
+from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
 
 SCORES = ("magnitude",)
 
 
+@register_spec("prune")
 @dataclasses.dataclass(frozen=True, repr=False)
 class Prune(Spec):
     """Keeps the weights of largest score and stores them sparsely.

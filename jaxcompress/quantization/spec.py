@@ -13,11 +13,12 @@ from jaxcompress.arrays import affine
 from jaxcompress.arrays.fake_quantized import FakeQuantizedArray
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.errors import SpecError
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count, register_spec
 
 Q = TypeVar("Q", bound="Quantize")
 
 
+@register_spec("quantize")
 @dataclasses.dataclass(frozen=True, repr=False)
 class Quantize(Spec):
     """Affine quantization, rounded to nearest, half to even.
@@ -95,6 +96,7 @@ class Quantize(Spec):
         return dataclasses.replace(self, axis=axes, group_size=group)
 
 
+@register_spec("fake_quantize")
 @dataclasses.dataclass(frozen=True, repr=False)
 class FakeQuantize(Quantize):
     """Training with the values that `Quantize` will store: a trainable leaf, rounded where used.

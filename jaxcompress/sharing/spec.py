@@ -13,11 +13,12 @@ from jaxcompress.arrays.packed import PackedArray, block_for
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import rounded
 from jaxcompress.sharing.kmeans import assign, kmeans_1d
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count, register_spec
 
 INITS = ("linear", "density", "random")
 
 
+@register_spec("codebook")
 @dataclasses.dataclass(frozen=True, repr=False)
 class Codebook(Spec):
     """Replaces each weight by the nearest of `2**bits` centroids, found by k-means.
