@@ -43,6 +43,8 @@ from jaxcompress.pruning.spec import Prune
 from jaxcompress.pruning.wrapper import sparsify
 from jaxcompress.quantization.spec import FakeQuantize, Quantize
 from jaxcompress.recipes.recipe import Recipe, Rule
+from jaxcompress.report.contents import Contents, contents
+from jaxcompress.report.difference import Difference, diff
 from jaxcompress.report.summary import Summary, summary
 from jaxcompress.rules import KernelAxes
 from jaxcompress.sharing.spec import Codebook
@@ -53,6 +55,8 @@ __all__ = [
     "CodebookArray",
     "CompressError",
     "CompressedArray",
+    "Contents",
+    "Difference",
     "FakeQuantize",
     "FakeQuantizedArray",
     "FileError",
@@ -80,7 +84,9 @@ __all__ = [
     "combine",
     "compress",
     "compressed",
+    "contents",
     "decompress",
+    "diff",
     "distillation",
     "finalize",
     "histogram_edges",

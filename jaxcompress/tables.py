@@ -29,3 +29,12 @@ class Tabular:
 
     def _repr_html_(self) -> str:
         return self._recorded(120).export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def size_text(n: int) -> str:
+    """A number of bytes for people, in decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n = n / 1000  # type: ignore[assignment]
+    return f"{n:.2f} GB"

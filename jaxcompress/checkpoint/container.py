@@ -11,6 +11,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -64,12 +65,23 @@ class Container:
     def read(self, name: str) -> np.ndarray:
         """The bytes of one tensor; no more of the file is read."""
         tensor = self.tensors[name]
-        with open(self.path, "rb") as file:
+        out = _aligned(tensor.stop - tensor.start)
+        with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start + tensor.start)
-            out = np.fromfile(file, np.uint8, tensor.stop - tensor.start)
-        if out.size != tensor.stop - tensor.start:
-            raise FileError(f"{self.path}: the file was cut while it was read")
+            place = 0
+            while place < out.size:
+                got = file.readinto(out[place:].data)
+                if not got:
+                    raise FileError(f"{self.path}: the file was cut while it was read")
+                place += got
         return out
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Bytes that begin where jax takes them over without a copy."""
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
 
 
 def open_container(path: Path) -> Container:
@@ -182,13 +194,24 @@ def as_json(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor to write; `pieces` gives its bytes, when its turn comes."""
+    """A tensor to write; `write` puts its bytes into a file and returns their checksum."""
 
     name: str
     code: str
     shape: tuple[int, ...]
     nbytes: int
-    pieces: Callable[[], Iterator[Any]]
+    write: Callable[[BinaryIO], int]
+
+
+def bytes_of(make: Callable[[], memoryview]) -> Callable[[BinaryIO], int]:
+    """An `Entry.write` of bytes that are made when their turn comes."""
+
+    def write(file: BinaryIO) -> int:
+        data = make()
+        file.write(data)
+        return zlib.crc32(data)
+
+    return write
 
 
 def write_container(
@@ -216,13 +239,7 @@ def write_container(
     with replacing(path) as file:
         blank = ["0" * _DIGITS] * len(entries)
         file.write(_header(entries, describe(blank), checked))
-        sums = []
-        for entry in entries:
-            crc = 0
-            for piece in entry.pieces():
-                crc = zlib.crc32(piece, crc)
-                file.write(piece)
-            sums.append(f"{crc:08x}")
+        sums = [f"{entry.write(file):08x}" for entry in entries]
         file.seek(0)
         file.write(_header(entries, describe(sums), checked))
 
@@ -274,28 +291,61 @@ class Spool:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: Any = None
+        self._size = 0
+        # Writing waits for the disk, and whoever makes the bytes need not.
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._written: list[Future[int]] = []
 
-    def put(self, data: bytes | memoryview) -> Callable[[], Iterator[Any]]:
-        """Writes some bytes; what comes back reads them again, piece by piece."""
+    def put(self, data: bytes | memoryview) -> Callable[[BinaryIO], int]:
+        """Takes some bytes; what comes back is an `Entry.write`."""
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115
-        start, size = self._file.seek(0, os.SEEK_END), len(data)
-        self._file.write(data)
+            self._file = tempfile.TemporaryFile(dir=self._path.parent, buffering=0)  # noqa: SIM115
+        start, size, crc = self._size, len(data), zlib.crc32(data)
+        self._size += size
+        if self._written:
+            self._written.pop().result()  # one at a time, so that bytes do not pile up
+        self._written.append(self._thread.submit(self._write, data))
 
-        def pieces() -> Iterator[bytes]:
-            self._file.seek(start)
-            left = size
-            while left:
-                piece = self._file.read(min(left, _PIECE))
-                left -= len(piece)
-                yield piece
+        def write(file: BinaryIO) -> int:
+            while self._written:
+                self._written.pop().result()
+            _copy_range(self._file, start, file, size)
+            return crc
 
-        return pieces
+        return write
+
+    def _write(self, data: bytes | memoryview) -> int:
+        view, place = memoryview(data), 0
+        while place < len(view):
+            place += self._file.write(view[place:])
+        return place
 
     def close(self) -> None:
         """Gives the disk space back."""
+        self._thread.shutdown(wait=True)
         if self._file is not None:
             self._file.close()
+
+
+def _copy_range(source: Any, start: int, target: BinaryIO, size: int) -> None:
+    """Copies bytes from file to file; inside of the kernel where the system can."""
+    target.flush()
+    stop = start + size
+    if hasattr(os, "copy_file_range"):
+        with contextlib.suppress(OSError):  # not on this file system
+            while start < stop:
+                copied = os.copy_file_range(
+                    source.fileno(), target.fileno(), stop - start, start, target.tell()
+                )
+                if not copied:
+                    break
+                start += copied
+                target.seek(copied, os.SEEK_CUR)
+    source.seek(start)
+    while start < stop:
+        piece = source.read(min(stop - start, _PIECE))
+        target.write(piece)
+        start += len(piece)
 
 
 def is_name(text: str) -> bool:

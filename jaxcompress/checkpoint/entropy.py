@@ -30,7 +30,8 @@ Model = Any
 
 RAW, CONSTANT, STATIC, ADAPTIVE = range(4)
 CHUNK = 1 << 20
-_FIRST, _SHARE, _MOST = 16, 16, 1 << 16  # the adaptive model's blocks, in symbols
+_FIRST, _SHARE, _MOST = 16, 16, 1 << 18  # the adaptive model's blocks, in symbols
+_PIECE = 1 << 16
 _UNIT = 16  # how much one symbol counts against the prior
 _PRIORS = tuple(itertools.product((1, 4, 16, 64), (0, 2)))  # (of every symbol, of its neighbours)
 _OCTAVE = (256, 279, 304, 332, 362, 395, 431, 470)  # 256 * 2**(k/8)
@@ -62,8 +63,9 @@ def encode_bytes(symbols: np.ndarray) -> bytes:
         RAW: n,
         STATIC: len(table) + overhead + _nbytes(counts, _frequencies(levels)),
     }
+    before = np.cumsum(histograms, axis=0) - histograms
     for i in range(len(_PRIORS)):
-        sizes[ADAPTIVE, i] = 1 + overhead + _adaptive_nbytes(histograms, *_PRIORS[i])
+        sizes[ADAPTIVE, i] = 1 + overhead + _adaptive_nbytes(histograms, before, *_PRIORS[i])
     # Half a percent is not worth the time to decode it, nor a thousandth that of counting along.
     favour = {RAW: 0.995, STATIC: 0.999}
     best = min(sizes, key=lambda kind: sizes[kind] * favour.get(kind, 1))
@@ -203,8 +205,12 @@ def encode_words(parts: Iterable[Coded]) -> bytes:
     import constriction
 
     coder = constriction.stream.stack.AnsCoder()
+    wide = np.empty(_PIECE, np.int32)  # what the coder takes, as much as stays in the cache
     for symbols, model in reversed(list(parts)):
-        coder.encode_reverse(symbols.astype(np.int32), model)
+        for start in reversed(range(0, symbols.size, _PIECE)):
+            piece = symbols[start : start + _PIECE]
+            wide[: piece.size] = piece
+            coder.encode_reverse(wide[: piece.size], model)
     words = coder.get_compressed()
     return struct.pack("<I", words.size) + words.astype("<u4").tobytes()
 
@@ -258,16 +264,16 @@ def _nbytes(counts: np.ndarray, weights: np.ndarray) -> float:
 def _weights(counts: np.ndarray, prior: int, near: int) -> np.ndarray:
     """Frequencies expected after some counts: neighbouring values may count as well."""
     weights = _UNIT * counts + prior
-    return weights + near * (np.roll(counts, 1) + np.roll(counts, -1)) if near else weights
-
-
-def _adaptive_nbytes(histograms: np.ndarray, prior: int, near: int) -> float:
-    before = np.cumsum(histograms, axis=0) - histograms
-    weights = _UNIT * before + prior
     if near:
-        weights = weights + near * (np.roll(before, 1, axis=1) + np.roll(before, -1, axis=1))
-    shares = weights / weights.sum(axis=1, keepdims=True)
-    return -float(np.sum(histograms * np.log2(np.maximum(shares, _LOWEST)))) / 8
+        weights = weights + near * (np.roll(counts, 1, axis=-1) + np.roll(counts, -1, axis=-1))
+    return weights
+
+
+def _adaptive_nbytes(histograms: np.ndarray, before: np.ndarray, prior: int, near: int) -> float:
+    """As `_nbytes`, each block under the model of all counts before it."""
+    weights = _weights(before, prior, near)
+    shares = np.maximum(weights / weights.sum(axis=1, keepdims=True), _LOWEST)
+    return -float(np.sum(histograms * np.log2(shares))) / 8
 
 
 def _adaptive_models(

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from jaxcompress.checkpoint.container import (
     Entry,
     Spool,
     as_json,
+    bytes_of,
     open_container,
     parse_json,
     write_container,
@@ -29,6 +30,7 @@ from jaxcompress.checkpoint.container import (
 from jaxcompress.checkpoint.streams import decode_array, encode_array
 from jaxcompress.checkpoint.tree import Decoder, Encoder, array_names, as_dtype, leaf_nodes
 from jaxcompress.errors import FileError
+from jaxcompress.lazy import Ahead, LazyArray
 from jaxcompress.progress import progress_bar
 from jaxcompress.rules import flatten
 
@@ -89,9 +91,11 @@ def save(
     """
     path = Path(path)
     strings = _checked(metadata or {})
-    with contextlib.closing(_Writer(path, coded)) as writer:
-        with progress_bar(progress, "writing", _count(tree) if progress else None) as advance:
-            described = Encoder(writer, advance).encode(tree)
+    leaves = _leaves(tree)
+    ahead = Ahead([leaf for leaf in leaves if isinstance(leaf, LazyArray)])
+    with contextlib.closing(_Writer(path, coded)) as writer, contextlib.closing(ahead):
+        with progress_bar(progress, "writing", len(leaves) or None) as advance:
+            described = Encoder(writer, ahead.load, advance).encode(tree)
 
         def describe(checksums: list[str]) -> dict[str, str]:
             ours: dict[str, Any] = {"version": VERSION, "crc32": checksums, "tree": described}
@@ -102,10 +106,10 @@ def save(
         write_container(path, writer.entries, describe)
 
 
-def _count(tree: Any) -> int | None:
+def _leaves(tree: Any) -> list[Any]:
     with contextlib.suppress(ValueError):  # jax cannot sort keys of two types; they are saved
-        return len(flatten(tree)[0])
-    return None
+        return [leaf for _, leaf in flatten(tree)[0]]
+    return []
 
 
 def _checked(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -132,16 +136,14 @@ class _Writer:
             found = encode_array(_on_host(array), layout)
             if found is not None and len(found[1]) + _WORTH < math.prod(shape) * dtype.itemsize:
                 how, data = found
-                pieces = self._spool.put(data)
-                self.entries.append(Entry(name, "U8", (len(data),), len(data), pieces))
+                write = self._spool.put(data)
+                self.entries.append(Entry(name, "U8", (len(data),), len(data), write))
                 return {"shape": list(shape), "dtype": dtype.name, "coded": how}
         code, nbytes = CODES.get(dtype.name, "U8"), math.prod(shape) * dtype.itemsize
 
-        def now() -> Iterator[memoryview]:
-            yield _raw(array)  # one at a time comes from its device
-
-        later = now if held else self._spool.put(_raw(array))
-        self.entries.append(Entry(name, code, shape, nbytes, later))
+        # What the caller keeps comes from its device when it is written, one at a time.
+        write = bytes_of(lambda: _raw(array)) if held else self._spool.put(_raw(array))
+        self.entries.append(Entry(name, code, shape, nbytes, write))
         return {}
 
     def close(self) -> None:

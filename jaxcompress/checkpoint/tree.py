@@ -43,10 +43,12 @@ class Encoder:
 
     Attributes:
       sink: takes the arrays.
+      load: reads a lazy leaf.
       done: called with the path of each leaf that is through.
     """
 
     sink: Sink
+    load: Callable[[LazyArray], Any] = LazyArray.load
     done: Callable[[str], None] = lambda path: None
     _names: set[str] = dataclasses.field(default_factory=set)
     _nodes: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
@@ -101,7 +103,7 @@ class Encoder:
         if known is not None:
             return known[0]
         if isinstance(leaf, LazyArray):
-            node = self._loaded(leaf.load(), path, held=False)
+            node = self._loaded(self.load(leaf), path, held=False)
         else:
             node = self._loaded(leaf, path, held)
         if held:  # and so its id stays its own

@@ -11,7 +11,7 @@ from jaxcompress.arrays.base import is_compressed
 from jaxcompress.compress import nbytes
 from jaxcompress.errors import CompressError
 from jaxcompress.rules import flatten
-from jaxcompress.tables import Tabular
+from jaxcompress.tables import Tabular, size_text
 
 if TYPE_CHECKING:  # rich is imported when a table is drawn, not with the package
     from rich.table import Table
@@ -57,29 +57,21 @@ class Summary(Tabular):
                 Text(row["path"]),  # a plain string would be read as markup
                 "x".join(map(str, row["shape"])) or "scalar",
                 Text(row["form"]),
-                _size(row["before"]),
-                _size(row["after"]),
+                size_text(row["before"]),
+                size_text(row["after"]),
                 f"{row['bits']:.2f}",
                 f"{row['ratio']:.2f}x",
             )
         table.add_section()
-        table.add_row("total", "", "", _size(self.before), _size(self.after), "",
+        table.add_row("total", "", "", size_text(self.before), size_text(self.after), "",
                       f"{self.ratio:.2f}x", style="bold")  # fmt: skip
         return table
 
     def __repr__(self) -> str:
         return (
-            f"Summary({len(self.rows)} leaves, {_size(self.before)} -> {_size(self.after)}, "
+            f"Summary({len(self.rows)} leaves, {size_text(self.before)} -> {size_text(self.after)}, "
             f"{self.ratio:.2f}x)"
         )
-
-
-def _size(n: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
-        n = n / 1000  # type: ignore[assignment]
-    return f"{n:.2f} GB"
 
 
 def summary(before: Any, after: Any) -> Summary:

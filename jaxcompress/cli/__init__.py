@@ -1,0 +1,5 @@
+"""The command line; see `jaxcompress --help`."""
+
+from jaxcompress.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,180 @@
+"""What is in a file, leaf by leaf: shapes, forms, and where the bytes are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxcompress.arrays.base import is_compressed
+from jaxcompress.checkpoint.file import load_shapes, read_recipe, stored_bytes
+from jaxcompress.checkpoint.sources import open_source
+from jaxcompress.compress import nbytes
+from jaxcompress.rules import flatten
+from jaxcompress.tables import Tabular, size_text
+
+if TYPE_CHECKING:  # rich is imported when a table is drawn, not with the package
+    from rich.table import Table
+    from rich.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents(Tabular):
+    """A table of the leaves in a file; prints in a terminal, shows in a notebook.
+
+    Attributes:
+      path: the file or folder.
+      kind: `jaxcompress`, `safetensors`, `hugging face`, `npz`, `msgpack` or `orbax`.
+      rows: one dict a leaf: `path`, `shape`, `dtype`, `form`, `bytes` in the file and `memory` once
+        loaded, `bits` in the file per weight, `share` of all bytes, and `parts`, the bytes in the
+        file by kind of child (codes, scale, index, ...).
+      total: bytes of the file, its header included.
+      recipe: the name of the recipe that made it, or None.
+    """
+
+    path: str
+    kind: str
+    rows: list[dict[str, Any]]
+    total: int
+    recipe: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        rows = [{**row, "shape": list(row["shape"])} for row in self.rows]
+        return {**dataclasses.asdict(self), "rows": rows, "values": self.values}
+
+    @property
+    def values(self) -> int:
+        """The number of weights."""
+        return sum(math.prod(row["shape"]) for row in self.rows)
+
+    def _title(self) -> str:
+        recipe = f", recipe {self.recipe}" if self.recipe else ""
+        return f"{self.path} ({self.kind}{recipe})"
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(self._title()))
+        for name in ("leaf", "shape", "form"):
+            table.add_column(name, overflow="fold")
+        for name in ("bits/weight", "bytes", "share"):
+            table.add_column(name, justify="right")
+        for row in self.rows:
+            table.add_row(Text(row["path"]), _shape_text(row), Text(row["form"]), *_figures(row))
+        rest = self.total - sum(row["bytes"] for row in self.rows)
+        table.add_section()
+        table.add_row("header and rest", "", "", "", size_text(rest), _percent(rest, self.total))
+        bits = 8 * self.total / self.values if self.values else 0.0
+        table.add_row("total", "", "", f"{bits:.2f}", size_text(self.total), "", style="bold")
+        return table
+
+    def tree(self) -> Tree:
+        """The same as a tree, with the bytes of every branch."""
+        from rich.markup import escape
+        from rich.tree import Tree
+
+        root = Tree(f"[bold]{escape(self._title())}[/]  {size_text(self.total)}")
+        sums: dict[tuple[str, ...], int] = {}
+        for row in self.rows:
+            keys = tuple(row["path"].split("/"))
+            for i in range(len(keys)):
+                sums[keys[:i]] = sums.get(keys[:i], 0) + row["bytes"]
+        branches: dict[tuple[str, ...], Tree] = {(): root}
+        for row in self.rows:
+            keys = tuple(row["path"].split("/"))
+            for i in range(1, len(keys)):
+                if keys[:i] not in branches:
+                    total = sums[keys[:i]]
+                    text = (
+                        f"{escape(keys[i - 1])}  {size_text(total)}  {_percent(total, self.total)}"
+                    )
+                    branches[keys[:i]] = branches[keys[: i - 1]].add(text)
+            bits, size, share = _figures(row)
+            branches[keys[:-1]].add(
+                f"{escape(keys[-1])}  {_shape_text(row)} {escape(row['form'])}  {bits} bits  {size}  "
+                f"{share}"
+            )
+        return root
+
+    def __repr__(self) -> str:
+        return f"Contents({len(self.rows)} leaves, {size_text(self.total)})"
+
+
+def _shape_text(row: dict[str, Any]) -> str:
+    return "x".join(map(str, row["shape"])) or "scalar"
+
+
+def _percent(part: int, total: int) -> str:
+    return f"{100 * part / total:.1f}%" if total else ""
+
+
+def _figures(row: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{row['bits']:.2f}", size_text(row["bytes"]), f"{100 * row['share']:.1f}%"
+
+
+def contents(path: str | os.PathLike[str]) -> Contents:
+    """Lists what is in a file or folder of weights, compressed or not; no weights are read.
+
+    Args:
+      path: anything that `open_params` opens.
+
+    Returns:
+      A `Contents`, to print or to read row by row.
+
+    Raises:
+      FileError: as `open_params`.
+
+    Example:
+      >>> import tempfile, os, jax.numpy as jnp, jaxcompress as jc
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = os.path.join(folder, "small.safetensors")
+      ...     jc.save(path, {"kernel": jc.Quantize("int4")(jnp.ones((64, 32)))})
+      ...     row = jc.contents(path).rows[0]
+      >>> row["form"], row["bytes"], row["bits"], row["parts"]
+      ('int4', 1088, 4.25, {'codes': 1024, 'scale': 64})
+    """
+    source = open_source(path)
+    if source.kind == "jaxcompress":
+        tree, stored = load_shapes(path), stored_bytes(path)
+    else:
+        tree, stored = source.tree, {}
+    leaves = [(name, leaf) for name, leaf in flatten(tree)[0] if hasattr(leaf, "dtype")]
+    sizes = [stored.get(name, {"dense": nbytes(leaf)}) for name, leaf in leaves]
+    every = sum(sum(parts.values()) for parts in sizes)
+    rows = []
+    for (name, leaf), parts in zip(leaves, sizes):
+        size, count = sum(parts.values()), math.prod(leaf.shape)
+        rows.append(
+            {
+                "path": name,
+                "shape": tuple(leaf.shape),
+                "dtype": np.dtype(leaf.dtype).name,
+                "form": leaf.describe() if is_compressed(leaf) else "dense",
+                "bytes": size,
+                "memory": nbytes(leaf),
+                "bits": 8 * size / count if count else 0.0,
+                "share": size / every if every else 0.0,
+                "parts": parts,
+            }
+        )
+    return Contents(str(path), source.kind, rows, _on_disk(Path(path)), _recipe(source.kind, path))
+
+
+def _recipe(kind: str, path: str | os.PathLike[str]) -> str | None:
+    from jaxcompress.recipes.recipe import Recipe
+
+    if kind != "jaxcompress" or read_recipe(path) is None:
+        return None
+    return Recipe.of_file(path).name or "without a name"
+
+
+def _on_disk(path: Path) -> int:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size
