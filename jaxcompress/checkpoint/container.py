@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
 import struct
 import tempfile
+import threading
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,37 +47,53 @@ class Tensor(NamedTuple):
     stop: int
 
 
-@dataclasses.dataclass(frozen=True)
 class Container:
     """An opened file: what its header says, checked against its size.
+
+    It stays open as long as anyone has it, so that a file that is replaced meanwhile is still read
+    as it was.
 
     Attributes:
       path: the file.
       tensors: the entries of the header, by name, in the order of their bytes.
       metadata: the strings of the header.
-      start: where the data begin.
       checked: whether the header has a checksum, which then was right.
     """
 
-    path: Path
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    start: int
-    checked: bool
+    def __init__(self, path: Path, file: io.FileIO, text: bytes) -> None:
+        self.path = path
+        head = parse_json(path, text)
+        self.metadata: dict[str, str] = head.pop("__metadata__", None) or {}
+        self.checked = text.startswith(_HEAD)
+        self.tensors = _entries(path, head)
+        self._start = 8 + len(text)
+        self._file = file
+        self._lock = threading.Lock()
+        weakref.finalize(self, file.close)
 
     def read(self, name: str) -> np.ndarray:
         """The bytes of one tensor; no more of the file is read."""
         tensor = self.tensors[name]
-        out = _aligned(tensor.stop - tensor.start)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.start + tensor.start)
-            place = 0
+        out, place = _aligned(tensor.stop - tensor.start), 0
+        with self._lock:
+            self._file.seek(self._start + tensor.start)
             while place < out.size:
-                got = file.readinto(out[place:].data)
+                got = self._file.readinto(out[place:].data)
                 if not got:
                     raise FileError(f"{self.path}: the file was cut while it was read")
                 place += got
         return out
+
+
+def _entries(path: Path, head: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        tensors = {
+            name: Tensor(x["dtype"], tuple(x["shape"]), *x["data_offsets"])
+            for name, x in head.items()
+        }
+    except (TypeError, KeyError) as error:  # beyond what the reference reader refuses
+        raise FileError(f"{path}: the header is damaged: {error!r}") from error
+    return dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
 
 
 def _aligned(size: int) -> np.ndarray:
@@ -93,30 +112,22 @@ def open_container(path: Path) -> Container:
     """
     if path.is_dir():
         raise FileError(f"{path} is a folder; name the file in it")
-    with open(path, "rb") as file:
-        text = _header_bytes(path, file)
+    file = io.FileIO(path)
     try:
+        text = _header_bytes(path, file)
         # The reference reader's opinion of offsets, shapes and sizes; it reads no data here.
         with safetensors.safe_open(path, framework="numpy"):
             pass
-    except FileNotFoundError:
-        raise
+        return Container(path, file, text)
     except (safetensors.SafetensorError, OSError) as error:
+        file.close()
         raise FileError(f"{path}: not a whole safetensors file: {error}") from error
-    head = parse_json(path, text)
-    metadata = head.pop("__metadata__", None) or {}
-    try:
-        tensors = {
-            name: Tensor(x["dtype"], tuple(x["shape"]), *x["data_offsets"])
-            for name, x in head.items()
-        }
-    except (TypeError, KeyError) as error:  # beyond what the reference reader refuses
-        raise FileError(f"{path}: the header is damaged: {error!r}") from error
-    ordered = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
-    return Container(path, ordered, metadata, 8 + len(text), text.startswith(_HEAD))
+    except BaseException:
+        file.close()
+        raise
 
 
-def _header_bytes(path: Path, file: BinaryIO) -> bytes:
+def _header_bytes(path: Path, file: io.FileIO) -> bytes:
     size = os.fstat(file.fileno()).st_size
     first = file.read(8)
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else size

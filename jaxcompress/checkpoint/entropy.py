@@ -10,8 +10,9 @@ the smallest of
   of it, so that a stream of n bytes changes its model some 16 log(n) times.
 
 All models are ratios of whole numbers, so that every machine computes the same ones. Codes come in
-chunks of `CHUNK` symbols with their length before them: memory stays small, and a stream cannot
-promise more than `CHUNK` times its own bytes. `docs/file-format.md` has the layout.
+chunks of `CHUNK` symbols with their length before them: memory stays small, and since each chunk
+takes four bytes or more, a stream cannot promise more than 65,536 times its own bytes.
+`docs/file-format.md` has the layout.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jaxcompress.errors import FileError
 Model = Any
 
 RAW, CONSTANT, STATIC, ADAPTIVE = range(4)
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 _FIRST, _SHARE, _MOST = 16, 16, 1 << 18  # the adaptive model's blocks, in symbols
 _PIECE = 1 << 16
 _UNIT = 16  # how much one symbol counts against the prior
@@ -44,8 +45,8 @@ def encode_bytes(symbols: np.ndarray) -> bytes:
     Example:
       >>> import numpy as np
       >>> coded = encode_bytes(np.zeros(1000, np.uint8))
-      >>> len(coded), decode_bytes(coded, 1000).sum()
-      (2, np.uint64(0))
+      >>> len(coded), decode_bytes(coded, 1000).tolist() == [0] * 1000
+      (5, True)
     """
     symbols = np.ascontiguousarray(symbols, np.uint8)
     n = symbols.size
@@ -55,33 +56,32 @@ def encode_bytes(symbols: np.ndarray) -> bytes:
     histograms = np.stack([_histogram(symbols[start:stop]) for start, stop in blocks])
     counts = histograms.sum(axis=0)
     if np.count_nonzero(counts) == 1:
-        return bytes([CONSTANT]) + bytes([int(symbols[0])]) * -(-n // CHUNK)
-    overhead = 8 * -(-n // CHUNK)
+        return bytes([CONSTANT]) + bytes([int(symbols[0])]) * (4 * -(-n // CHUNK))
     levels = _levels(counts)
     table = _encode_table(levels)
-    sizes: dict[Any, float] = {
-        RAW: n,
-        STATIC: len(table) + overhead + _nbytes(counts, _frequencies(levels)),
-    }
-    before = np.cumsum(histograms, axis=0) - histograms
-    for i in range(len(_PRIORS)):
-        sizes[ADAPTIVE, i] = 1 + overhead + _adaptive_nbytes(histograms, before, *_PRIORS[i])
-    # Half a percent is not worth the time to decode it, nor a thousandth that of counting along.
-    favour = {RAW: 0.995, STATIC: 0.999}
-    best = min(sizes, key=lambda kind: sizes[kind] * favour.get(kind, 1))
-    if best == RAW:
+    kind, prior = _smallest(n, histograms, len(table) + _nbytes(counts, _frequencies(levels)))
+    if kind == RAW:
         return bytes([RAW]) + symbols.tobytes()
-    if best == STATIC:
-        values, model = _static_model(levels)
-        if values is not None:
-            rank = np.zeros(256, np.uint8)
-            rank[values] = np.arange(values.size)
-            symbols = rank[symbols]
-        same = ((start, stop, model) for start, stop in _chunks(n))
-        return bytes([STATIC]) + table + _encode(symbols, same)
-    prior = best[1]
-    models = _adaptive_models(blocks, iter(histograms), *_PRIORS[prior])
-    return bytes([ADAPTIVE, prior]) + _encode(symbols, models)
+    if kind == ADAPTIVE:
+        models = _adaptive_models(blocks, iter(histograms), *_PRIORS[prior])
+        return bytes([ADAPTIVE, prior]) + _encode(symbols, models)
+    values, model = _static_model(levels)
+    if values is not None:
+        rank = np.zeros(256, np.uint8)
+        rank[values] = np.arange(values.size)
+        symbols = rank[symbols]
+    return bytes([STATIC]) + table + _encode(symbols, ((*chunk, model) for chunk in _chunks(n)))
+
+
+def _smallest(n: int, histograms: np.ndarray, static: float) -> tuple[int, int]:
+    """The kind of the shortest coding, and the prior of an adaptive one."""
+    chunks = 8 * -(-n // CHUNK)  # a count of words, and what is left of the last one
+    before = np.cumsum(histograms, axis=0) - histograms
+    adaptive = [1 + _adaptive_nbytes(histograms, before, *prior) for prior in _PRIORS]
+    prior = int(np.argmin(adaptive))
+    # Half a percent is not worth the time to decode it, nor a thousandth that of counting along.
+    sizes = {RAW: 0.995 * n, STATIC: 0.999 * (static + chunks), ADAPTIVE: adaptive[prior] + chunks}
+    return min(sizes, key=sizes.__getitem__), prior
 
 
 def decode_bytes(data: bytes | memoryview, n: int) -> np.ndarray:
@@ -125,14 +125,16 @@ class Bytes:
         if kind == RAW:
             return np.frombuffer(self.take(n), np.uint8)
         # What the stream promises is bounded by what it holds, before anything is allocated.
-        least = {CONSTANT: 1, STATIC: 4, ADAPTIVE: 4}.get(kind)
-        if least is None:
+        if kind not in (CONSTANT, STATIC, ADAPTIVE):
             raise FileError(f"a coded stream is of the unknown kind {kind}")
-        if len(self._data) < least * -(-n // CHUNK):
+        least = 4 * -(-n // CHUNK)
+        if len(self._data) < least:
             raise FileError(f"a coded stream is too short to hold {n} symbols")
         if kind == CONSTANT:
-            values = np.frombuffer(self.take(-(-n // CHUNK)), np.uint8)
-            return np.repeat(values, CHUNK)[:n]
+            values = self.take(least)
+            if values.tobytes() != bytes(values[:1]) * least:
+                raise FileError("a coded stream is damaged: its one value is not one")
+            return np.full(n, values[0], np.uint8)
         if kind == STATIC:
             return self._static(n, *_static_model(_decode_table(self)))
         prior = self.take(1)[0]

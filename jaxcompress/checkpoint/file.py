@@ -240,7 +240,8 @@ def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) 
     Args:
       path: the file.
       lazy: leave each leaf in the file as a `LazyArray` with its shape and dtype, which reads it
-        on `load()`; `compress` reads such leaves one at a time. The file must stay as it is.
+        on `load()`; `compress` reads such leaves one at a time. The file may be replaced by
+        another meanwhile, but not changed.
       like: a tree whose containers the result should have (NNX state, named tuples, frozen
         dicts); its leaves only count by their paths.
 

@@ -67,7 +67,7 @@ def decode_mask(data: bytes | memoryview, rows: int, width: int) -> np.ndarray:
     """
     reader = Bytes(data)
     lengths = reader.number(), reader.number()
-    if not can_encode(rows, width) or len(data) < 4 * len(list(_chunks(rows, width))):
+    if not can_encode(rows, width) or len(data) < 4 * -(-rows // max(1, CHUNK // width)):
         raise FileError(f"a coded mask is too short to hold {rows} rows of {width}")
     row_class, column_class = (
         _side(reader.take(n), count) for n, count in zip(lengths, (rows, width))

@@ -226,6 +226,8 @@ def damage_told(path: Path) -> Iterator[None]:
         raise FileError(told if str(path) in told else f"{path}: {told}") from error
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise FileError(f"{path}: the header is damaged: {error!r}") from error
+    except (MemoryError, OverflowError) as error:
+        raise FileError(f"{path}: it holds more than there is memory for: {error}") from error
 
 
 @dataclasses.dataclass
