@@ -1,20 +1,28 @@
 """The code of the README and of the guides runs, block after block, on a small model."""
 
 import re
+import shlex
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
 import jaxcompress as jc
+from jaxcompress.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("index", "guide", "training", "statistics", "design")),
+    *(
+        f"docs/{name}.md"
+        for name in ("index", "guide", "training", "statistics", "command-line", "design")
+    ),
 ]
 
 
@@ -41,8 +49,9 @@ class Model(nn.Module):
         return nn.Dense(8, name="head")(x)
 
 
-def blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+def blocks(page, language="python"):
+    text = (ROOT / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -51,6 +60,8 @@ def names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, inputs = Model(), jnp.arange(6).reshape(2, 3)
     variables = model.init(jax.random.key(0), inputs)
+    tensors = {k: np.asarray(v) for k, v in flatten_dict(variables["params"], sep=".").items()}
+    safetensors.numpy.save_file(tensors, "model.safetensors")
     rules = {"**/kernel": jc.LowRank(4), "**/embedding": jc.Codebook(3)}
     small = jc.compress(variables, rules)
     trainable, _ = jc.partition(small)
@@ -95,3 +106,20 @@ def test_the_code_of_a_page_runs(page, names, capsys):
     if page == "docs/statistics.md":
         assert len(names["stats"]) == 6
         assert set(names["some"]) == {p for p in names["stats"] if "mlp" in p}
+
+
+def test_the_commands_of_the_page_run(names, capsys):
+    lines = [x for block in blocks("docs/command-line.md", "bash") for x in block.splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        program, *args = shlex.split(line.split(" > ")[0])
+        assert program == "jaxcompress"
+        if args[0].startswith("--print"):
+            with pytest.raises(SystemExit):
+                main(args)
+        else:
+            assert main(args) == 0
+    assert Path("small.png").exists()
+    assert Path("back.safetensors").exists()
+    (recipe,) = blocks("docs/command-line.md", "yaml")
+    assert jc.compress(names["params"], jc.Recipe.from_yaml(recipe)) is not None

@@ -126,8 +126,10 @@ def _add_diff(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser = subs.add_parser("diff", help="compare two files leaf by leaf")
     _path(parser, "a", "the original")
     _path(parser, "b", "what became of it")
-    parser.add_argument("--max-relative", type=float, metavar="X",
-                        help="exit with 3 if a leaf is missing or its relative error is above X")  # fmt: skip
+    parser.add_argument(
+        "--max-relative", type=float, metavar="X",
+        help="exit with 3 if a leaf is missing or its relative error is above X",
+    )  # fmt: skip
     _common(parser)
     parser.set_defaults(run=commands.diff_files)
 

@@ -57,7 +57,8 @@ class Node:
     def items(self, expected: str) -> list[Node]:
         """Its items."""
         self._standard("tag:yaml.org,2002:seq", yaml.SequenceNode, expected)
-        return [Node(item, self._source, self._key) for item in self._node.value]
+        plain = lambda item: isinstance(item, yaml.ScalarNode)
+        return [Node(x, self._source, self._key if plain(x) else "") for x in self._node.value]
 
     def one_or_more(self) -> list[Node]:
         """Its items, or itself as the only one."""
@@ -136,4 +137,8 @@ def parse(text: str, source: str) -> Node:
 
 def dump(document: Mapping[str, Any]) -> str:
     """Plain YAML, keys in their order."""
-    return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=100)
+    if yaml.safe_load(text) == document:
+        return text
+    # Some line ends of Unicode would be read as spaces.
+    return yaml.safe_dump(dict(document), sort_keys=False, width=100)

@@ -82,8 +82,9 @@ class Recipe:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> recipe = jc.Recipe.from_yaml("rules: [{match: '**/kernel', quantize: int8}]")
       >>> params = {"dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
-      >>> jc.compress(params, recipe)["dense"]["kernel"]
-      QuantizedArray(float32[4, 4], int8)
+      >>> small = jc.compress(params, recipe)
+      >>> jc.is_compressed(small["dense"]["kernel"]), jc.nbytes(small)
+      (True, 40)
     """
 
     rules: tuple[Rule, ...]

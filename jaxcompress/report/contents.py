@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import os
@@ -80,26 +81,22 @@ class Contents(Tabular):
         from rich.tree import Tree
 
         root = Tree(f"[bold]{escape(self._title())}[/]  {size_text(self.total)}")
-        sums: dict[tuple[str, ...], int] = {}
+        sums: dict[tuple[str, ...], int] = collections.Counter()
         for row in self.rows:
             keys = tuple(row["path"].split("/"))
             for i in range(len(keys)):
-                sums[keys[:i]] = sums.get(keys[:i], 0) + row["bytes"]
+                sums[keys[:i]] += row["bytes"]
         branches: dict[tuple[str, ...], Tree] = {(): root}
         for row in self.rows:
-            keys = tuple(row["path"].split("/"))
-            for i in range(1, len(keys)):
-                if keys[:i] not in branches:
-                    total = sums[keys[:i]]
-                    text = (
-                        f"{escape(keys[i - 1])}  {size_text(total)}  {_percent(total, self.total)}"
-                    )
-                    branches[keys[:i]] = branches[keys[: i - 1]].add(text)
+            *parents, name = row["path"].split("/")
+            for i, parent in enumerate(parents):
+                above, here = tuple(parents[:i]), tuple(parents[: i + 1])
+                if here not in branches:
+                    size = f"{size_text(sums[here])}  {_percent(sums[here], self.total)}"
+                    branches[here] = branches[above].add(f"{escape(parent)}  {size}")
             bits, size, share = _figures(row)
-            branches[keys[:-1]].add(
-                f"{escape(keys[-1])}  {_shape_text(row)} {escape(row['form'])}  {bits} bits  {size}  "
-                f"{share}"
-            )
+            form = f"{_shape_text(row)} {escape(row['form'])}  {bits} bits"
+            branches[tuple(parents)].add(f"{escape(name)}  {form}  {size}  {share}")
         return root
 
     def __repr__(self) -> str:

@@ -87,7 +87,7 @@ def diff(first: Any, second: Any, *, done: Callable[[str], None] = lambda path: 
     Example:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> w = jnp.array([[3.0, 4.0]])
-      >>> jc.diff({"w": w}, {"w": w.at[0, 1].set(4.5)}).rows[0]["relative"]
+      >>> jc.diff({"w": w}, {"w": w.at[0, 1].set(4.5)}).relative
       0.1
     """
     ours, theirs = _arrays(first), _arrays(second)

@@ -43,9 +43,10 @@ def draw_contents(found: Contents, out: str | os.PathLike[str]) -> None:
     rows = sorted(found.rows, key=lambda row: -row["bytes"])
     shown, rest = rows[:_MOST], rows[_MOST:]
     figure = Figure(figsize=(14, 2.2 + 0.24 * (len(shown) + bool(rest))), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+    left, right = figure.subplots(1, 2, sharey=True)
     _draw_bytes(left, shown, rest)
-    _draw_distributions(right, shown, dict(flatten(open_params(found.path))[0]))
+    image = _draw_distributions(right, shown, dict(flatten(open_params(found.path))[0]))
+    figure.colorbar(image, ax=right, label="log10 of the share of weights")
     figure.suptitle(f"{os.path.basename(found.path)}: {found.total / 1e6:.2f} MB")
     figure.savefig(out, dpi=120)
 
@@ -67,23 +68,22 @@ def _draw_bytes(axes: Axes, shown: list[dict[str, Any]], rest: list[dict[str, An
         axes.barh(range(len(names)), width, left=start, label=kind)
         start += width
     axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
     axes.set_xlabel("MB in the file")
     if names:
         axes.legend(fontsize=8, loc="lower right")
 
 
-def _draw_distributions(axes: Axes, shown: list[dict[str, Any]], leaves: dict[str, Any]) -> None:
+def _draw_distributions(axes: Axes, shown: list[dict[str, Any]], leaves: dict[str, Any]) -> Any:
     image = np.full((max(1, len(shown)), len(_BINS) - 1), np.nan)
     for i, row in enumerate(shown):
         leaf = leaves[row["path"]]
-        dense = np.asarray(materialize(leaf.load() if isinstance(leaf, LazyArray) else leaf))
-        image[i] = _histogram(dense)
-    axes.imshow(
-        image, aspect="auto", interpolation="nearest", extent=(-4, 4, len(image) - 0.5, -0.5)
-    )
-    axes.set_yticks(range(len(shown)), [row["form"] for row in shown], fontsize=7)
+        loaded = leaf.load() if isinstance(leaf, LazyArray) else leaf
+        image[i] = _histogram(np.asarray(materialize(loaded)))
+        axes.text(4.1, i, row["form"], fontsize=7, va="center")
     axes.set_xlabel("weight / root mean square")
+    place = (-4, 4, len(image) - 0.5, -0.5)
+    return axes.imshow(image, aspect="auto", interpolation="nearest", extent=place)
 
 
 def _histogram(dense: np.ndarray) -> np.ndarray:

@@ -68,10 +68,8 @@ class Summary(Tabular):
         return table
 
     def __repr__(self) -> str:
-        return (
-            f"Summary({len(self.rows)} leaves, {size_text(self.before)} -> {size_text(self.after)}, "
-            f"{self.ratio:.2f}x)"
-        )
+        sizes = f"{size_text(self.before)} -> {size_text(self.after)}"
+        return f"Summary({len(self.rows)} leaves, {sizes}, {self.ratio:.2f}x)"
 
 
 def summary(before: Any, after: Any) -> Summary:
