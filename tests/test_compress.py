@@ -273,3 +273,30 @@ def test_axes_that_do_not_fit_are_refused():
     for wrong in (jc.KernelAxes((-3, -2), (-1,)), jc.KernelAxes((0,), (1,))):
         with pytest.raises(jc.RuleError, match=r"axes of 'w' are .* it has 2"):
             jc.compress(params, {"w": jc.Quantize("int8")}, axes={"w": wrong})
+
+
+def test_a_tied_leaf_is_compressed_once():
+    w, other = jnp.ones((16, 16)), jnp.ones((16, 16))
+    params = {"a": w, "b": w, "c": other, "d": w}
+    rules = {"d": jc.Quantize("int4"), "**": jc.Quantize("int8")}
+    for lazy in (False, True):
+        small = jc.compress(params, rules, lazy=lazy)
+        assert small["a"] is small["b"]
+        assert small["a"] is not small["c"]
+        assert small["a"] is not small["d"]
+    assert jc.compress(params, {"**": jc.Quantize("int8")}, donate=True)["a"] is not None
+    assert not w.is_deleted()
+
+
+def test_lazy_leaves_are_compressed_when_they_are_loaded():
+    w = jax.random.normal(jax.random.key(0), (16, 16))
+    rules = {"a": jc.Codebook(2, init="random")}
+    lazy = jc.compress({"a": w, "b": w}, rules, key=jax.random.key(1), lazy=True)
+    eager = jc.compress({"a": w, "b": w}, rules, key=jax.random.key(1))
+    assert isinstance(lazy["a"], jc.LazyArray)
+    assert lazy["b"] is w
+    np.testing.assert_array_equal(lazy["a"].load().centroids, eager["a"].centroids)
+    np.testing.assert_array_equal(jc.decompress(lazy)["a"], eager["a"].materialize())
+    bad = jc.compress({"a": w.at[0, 0].set(jnp.nan)}, {"a": jc.Quantize("int8")}, lazy=True)
+    with pytest.raises(jc.SpecError, match="a: 1 of 256 values are NaN"):
+        bad["a"].load()

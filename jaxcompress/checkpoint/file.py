@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,14 @@ from jaxcompress.checkpoint.container import (
     write_container,
 )
 from jaxcompress.checkpoint.streams import decode_array, encode_array
-from jaxcompress.checkpoint.tree import Decoder, Encoder, array_names, as_dtype, leaf_nodes
+from jaxcompress.checkpoint.tree import (
+    Decoder,
+    Encoder,
+    as_dtype,
+    damage_told,
+    leaf_nodes,
+    named_arrays,
+)
 from jaxcompress.errors import FileError
 from jaxcompress.lazy import Ahead, LazyArray
 from jaxcompress.progress import progress_bar
@@ -259,35 +266,49 @@ def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) 
     return tree if like is None else _into(container.path, like, tree)
 
 
-def load_shapes(path: str | os.PathLike[str]) -> Any:
-    """The tree in a file with `jax.ShapeDtypeStruct`s for arrays, from its header alone.
+class StoredLeaf(NamedTuple):
+    """What a header says of one leaf.
+
+    Attributes:
+      path: where it lies in the tree.
+      shape: of the dense array.
+      dtype: of the dense array.
+      form: its description, or its bare name when no imported package registers it.
+      memory: bytes once loaded.
+      parts: bytes in the file by kind of tensor: `dense`, or a child such as `codes` or `scale`.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    form: str
+    memory: int
+    parts: dict[str, int]
+
+
+def stored_leaves(path: str | os.PathLike[str]) -> list[StoredLeaf]:
+    """The leaves in a file, from its header alone.
+
+    A leaf that occurs at several places takes its bytes where it comes first.
 
     Raises:
       FileError: as `load`, but for damage outside of the header.
     """
     container = open_container(Path(path))
     described, checksums = _described(container)
-    return Decoder(_File(container, checksums), shapes=True).decode(described)
-
-
-def stored_bytes(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
-    """What each leaf takes in a file: bytes on the disk by leaf, and there by kind of tensor.
-
-    The kind is the last name of a child, such as `codes` or `scale`, or `dense`. A leaf that
-    occurs at several places counts where it comes first.
-    """
-    container = open_container(Path(path))
+    decoder = Decoder(_File(container, checksums), shapes=True)
     counted: set[str] = set()
-    out: dict[str, dict[str, int]] = {}
-    for leaf, node in leaf_nodes(_described(container)[0]):
-        kinds = out.setdefault(leaf, {})
-        for name in array_names(node):
-            if name in counted or name not in container.tensors:
-                continue
-            counted.add(name)
-            tensor = container.tensors[name]
-            kind = "dense" if "array" in node else name[len(leaf) + 1 :].split(".")[0]
-            kinds[kind] = kinds.get(kind, 0) + tensor.stop - tensor.start
+    out = []
+    with damage_told(container.path):
+        for where, node in leaf_nodes(described):
+            parts: dict[str, int] = {}
+            for kind, name in named_arrays(node):
+                if name not in counted:
+                    counted.add(name)
+                    tensor = container.tensors[name]
+                    parts[kind] = parts.get(kind, 0) + tensor.stop - tensor.start
+            shape, dtype, form = decoder.facts(node, where)
+            out.append(StoredLeaf(where, shape, dtype, form, decoder.nbytes(node), parts))
     return out
 
 

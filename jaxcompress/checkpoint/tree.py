@@ -300,6 +300,15 @@ class Decoder:
             self._shared[key] = leaf
         return leaf
 
+    def facts(self, node: dict[str, Any], where: str) -> tuple[tuple[int, ...], np.dtype, str]:
+        """Shape, dtype and description of a leaf; nothing is read."""
+        if "array" in node:
+            return *self.source.info(node), "dense"
+        form = str(node["form"])
+        if array_type(form) is not None:
+            form = Decoder(self.source, shapes=True)._compressed(node, where).describe()
+        return _shape(node["shape"]), as_dtype(node["dtype"]), form
+
     def _later(self, node: dict[str, Any], where: str) -> LazyArray:
         if "array" in node:
             shape, dtype = self.source.info(node)
@@ -310,20 +319,21 @@ class Decoder:
             with damage_told(self.source.path):
                 return Decoder(self.source, lazy=False)._leaf(node, where)
 
-        return LazyArray(shape, dtype, self._nbytes(node), load)
+        return LazyArray(shape, dtype, self.nbytes(node), load)
 
     def _leaf(self, node: dict[str, Any], where: str) -> Any:
         if "array" in node:
             return self._array(node)
         return self._compressed(node, where)
 
-    def _nbytes(self, node: Any) -> int:
+    def nbytes(self, node: Any) -> int:
+        """The bytes of a node's arrays once loaded."""
         if node is None:
             return 0
         if "array" in node:
             shape, dtype = self.source.info(node)
             return math.prod(shape) * dtype.itemsize
-        return sum(self._nbytes(child) for child in node.get("children", {}).values())
+        return sum(self.nbytes(child) for child in node.get("children", {}).values())
 
     def _array(self, node: dict[str, Any]) -> Any:
         if self.shapes:
@@ -388,6 +398,16 @@ def array_names(node: Any) -> Iterator[str]:
     if isinstance(node, list):
         for child in node:
             yield from array_names(child)
+
+
+def named_arrays(node: Any, kind: str = "dense") -> Iterator[tuple[str, str]]:
+    """The names of a leaf's arrays, each with the child of the leaf that it belongs to."""
+    if not isinstance(node, dict):
+        return
+    if "array" in node:
+        yield kind, node["array"]
+    for name, child in node.get("children", {}).items():
+        yield from named_arrays(child, name if kind == "dense" else kind)
 
 
 def leaf_nodes(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:

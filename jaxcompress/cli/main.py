@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -34,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        for name in args.imports:
+            importlib.import_module(name)
         return int(args.run(args))
-    except (CompressError, OSError, MemoryError) as error:
+    except (CompressError, ImportError, OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -63,6 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"jaxcompress {__version__}")
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script")
+    parser.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="import a Python module first, for the leaf types and specs that it registers",
+    )  # fmt: skip
     subs = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_compress(subs)
     _add_decompress(subs)

@@ -79,12 +79,12 @@ class Recipe:
       seed: of the random key for specs that draw, or None.
 
     Example:
-      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> recipe = jc.Recipe.from_yaml("rules: [{match: '**/kernel', quantize: int8}]")
       >>> params = {"dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
       >>> small = jc.compress(params, recipe)
-      >>> jc.is_compressed(small["dense"]["kernel"]), jc.nbytes(small)
-      (True, 40)
+      >>> jax.tree.leaves(small, is_leaf=jc.is_compressed)[1], jc.nbytes(small)
+      (QuantizedArray(float32[4, 4], int8), 40)
     """
 
     rules: tuple[Rule, ...]

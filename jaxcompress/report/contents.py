@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcompress.arrays.base import is_compressed
-from jaxcompress.checkpoint.file import load_shapes, read_recipe, stored_bytes
+from jaxcompress.checkpoint.file import StoredLeaf, read_recipe, stored_leaves
 from jaxcompress.checkpoint.sources import open_source
 from jaxcompress.compress import nbytes
 from jaxcompress.rules import flatten
@@ -138,29 +137,32 @@ def contents(path: str | os.PathLike[str]) -> Contents:
     """
     source = open_source(path)
     if source.kind == "jaxcompress":
-        tree, stored = load_shapes(path), stored_bytes(path)
+        leaves = stored_leaves(path)
     else:
-        tree, stored = source.tree, {}
-    leaves = [(name, leaf) for name, leaf in flatten(tree)[0] if hasattr(leaf, "dtype")]
-    sizes = [stored.get(name, {"dense": nbytes(leaf)}) for name, leaf in leaves]
-    every = sum(sum(parts.values()) for parts in sizes)
-    rows = []
-    for (name, leaf), parts in zip(leaves, sizes):
-        size, count = sum(parts.values()), math.prod(leaf.shape)
-        rows.append(
-            {
-                "path": name,
-                "shape": tuple(leaf.shape),
-                "dtype": np.dtype(leaf.dtype).name,
-                "form": leaf.describe() if is_compressed(leaf) else "dense",
-                "bytes": size,
-                "memory": nbytes(leaf),
-                "bits": 8 * size / count if count else 0.0,
-                "share": size / every if every else 0.0,
-                "parts": parts,
-            }
-        )
+        leaves = [
+            StoredLeaf(name, tuple(leaf.shape), leaf.dtype, "dense", size, {"dense": size})
+            for name, leaf in flatten(source.tree)[0]
+            if hasattr(leaf, "dtype")
+            for size in [nbytes(leaf)]
+        ]
+    every = sum(sum(leaf.parts.values()) for leaf in leaves)
+    rows = [_row(leaf, every) for leaf in leaves]
     return Contents(str(path), source.kind, rows, _on_disk(Path(path)), _recipe(source.kind, path))
+
+
+def _row(leaf: StoredLeaf, every: int) -> dict[str, Any]:
+    size, count = sum(leaf.parts.values()), math.prod(leaf.shape)
+    return {
+        "path": leaf.path,
+        "shape": leaf.shape,
+        "dtype": np.dtype(leaf.dtype).name,
+        "form": leaf.form,
+        "bytes": size,
+        "memory": leaf.memory,
+        "bits": 8 * size / count if count else 0.0,
+        "share": size / every if every else 0.0,
+        "parts": leaf.parts,
+    }
 
 
 def _recipe(kind: str, path: str | os.PathLike[str]) -> str | None:

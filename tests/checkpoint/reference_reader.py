@@ -35,7 +35,7 @@ def read(path):
         start, stop = entry["data_offsets"]
         data = content[offset + start : offset + stop]
         expect(f"{zlib.crc32(data):08x}" == crc, f"CRC-32 of {name} does not match")
-        tensors[name] = read_tensor(data, entry, nodes[name])
+        tensors[name] = read_tensor(data, entry, nodes.get(name, {}))
     return tensors
 
 
@@ -100,9 +100,9 @@ def stream(content, n):
     data, symbols = io.BytesIO(content), np.zeros(n, np.uint8)
     kind = data.read(1)[0] if n else 0
     if kind == 0:
-        symbols[:] = np.frombuffer(data.read(n), np.uint8)
+        expect(data.readinto(symbols) == n, "a stream has less than its symbols")
     elif kind == 1:
-        symbols[:] = data.read(4 * -(-n // CHUNK))[0]
+        (symbols[:],) = set(data.read(4 * -(-n // CHUNK)))  # a ValueError for two of them
     elif kind == 2:
         static(data, symbols)
     else:

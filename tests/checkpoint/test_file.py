@@ -173,6 +173,30 @@ def test_lazy_leaves_are_read_one_at_a_time(saved, monkeypatch):
     same(small["gaps"], eager["gaps"])
 
 
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_leaves_at_several_places_are_stored_once_and_are_one_again(tmp_path, coded, lazy):
+    kernel, dense = FORMS["sparse_int4"](W), jnp.ones((50, 50))
+    table = jnp.arange(8.0)
+    codes = jc.PackedArray.pack(jnp.arange(400).reshape(20, 20) % 8, 3)
+    tied = {
+        "a": kernel, "b": {"a": kernel, "dense": dense}, "c": [dense, dense],
+        "books": [jc.CodebookArray(codes, table, -1), jc.CodebookArray(codes, table, -1)],
+    }  # fmt: skip
+    jc.save(tmp_path / "tied", tied, coded=coded)
+    alone = {"a": kernel, "dense": dense, "books": tied["books"][0]}
+    jc.save(tmp_path / "alone", alone, coded=coded)
+    sizes = [sum(r["bytes"] for r in jc.contents(tmp_path / x).rows) for x in ("tied", "alone")]
+    assert sizes[0] == sizes[1]
+    back = jc.load(tmp_path / "tied", lazy=lazy)
+    assert back["a"] is back["b"]["a"]
+    assert back["c"][0] is back["c"][1] is back["b"]["dense"]
+    assert back["books"][0] is back["books"][1]  # of the same parts, and so the same
+    jc.save(tmp_path / "again", back, coded=coded)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "tied").read_bytes()
+    same(jc.load(tmp_path / "again"), tied)
+
+
 @pytest.mark.parametrize(
     ("bad", "text"),
     [

@@ -1,5 +1,6 @@
 """A leaf type from outside of the package does all that the built-in ones do."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,27 @@ def test_it_is_saved_and_a_process_without_it_is_told(tmp_path):
     assert "'tests.circulant', which is not registered" in done.stdout
     assert "import the package that defines it" in done.stdout
     assert "[1. 1.]" in done.stdout
+
+
+def test_the_command_line_lists_it_and_takes_its_module(tmp_path, monkeypatch):
+    path = tmp_path / "circulant.safetensors"
+    jc.save(path, {"w": Circulant()(W), "b": jnp.ones(2)}, coded=True)
+    command = [sys.executable, "-m", "jaxcompress"]
+    run = lambda *args: subprocess.run([*command, *args], capture_output=True, text=True)
+    listed = run("inspect", path, "--json")
+    assert listed.returncode == 0, listed.stderr
+    rows = {row["path"]: row for row in json.loads(listed.stdout)["rows"]}
+    assert rows["w"]["form"] == "tests.circulant"
+    assert rows["w"]["shape"] == list(W.shape)
+    out = tmp_path / "dense.npz"
+    refused = run("decompress", path, out)
+    assert refused.returncode == 1
+    assert "import the package that defines it" in refused.stderr
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    assert run("--import", "circulant", "decompress", path, out).returncode == 0
+    with np.load(out) as found:
+        np.testing.assert_array_equal(found["w"], Circulant()(W).materialize())
+    assert "No module named 'none'" in run("--import", "none", "inspect", path).stderr
 
 
 def test_a_form_belongs_to_one_class_and_lists_its_fields():
