@@ -30,6 +30,8 @@ DTYPES = {
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
 }  # fmt: skip
 CODES = {name: code for code, name in DTYPES.items()}
+# Read, but not written: readers that hold arrays in numpy refuse a file in which they occur.
+DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 CHECKSUM = "jaxcompress.checksum"
 # The header's own checksum stands at one place, before anything that could be damaged.
@@ -245,8 +247,8 @@ def write_container(
         length must not depend on them.
       checked: whether the header has a checksum of its own.
     """
-    width = {code: np.dtype(name).itemsize for code, name in DTYPES.items() if code != "BF16"}
-    entries = sorted(entries, key=lambda e: (-width.get(e.code, 2), e.name))
+    width = {code: np.dtype(name).itemsize for name, code in CODES.items()}
+    entries = sorted(entries, key=lambda e: (-width[e.code], e.name))
     with replacing(path) as file:
         blank = ["0" * _DIGITS] * len(entries)
         file.write(_header(entries, describe(blank), checked))

@@ -31,7 +31,8 @@ Model = Any
 
 RAW, CONSTANT, STATIC, ADAPTIVE = range(4)
 CHUNK = 1 << 18
-_FIRST, _SHARE, _MOST = 16, 32, 1 << 18  # the adaptive model's blocks, in symbols
+# A block of the adaptive model has so many symbols, or such a part of those before it.
+_FIRST, _SHARE = 16, 32
 _PIECE = 1 << 16
 _UNIT = 16  # how much one symbol counts against the prior
 _PRIORS = tuple(itertools.product((1, 4, 16, 64), (0, 2)))  # (of every symbol, of its neighbours)
@@ -61,16 +62,24 @@ def encode_bytes(symbols: np.ndarray) -> bytes:
     table = _encode_table(levels)
     kind, prior = _smallest(n, histograms, len(table) + _nbytes(counts, _frequencies(levels)))
     if kind == RAW:
-        return bytes([RAW]) + symbols.tobytes()
+        return _raw(symbols)
     if kind == ADAPTIVE:
         models = _adaptive_models(blocks, iter(histograms), *_PRIORS[prior])
-        return bytes([ADAPTIVE, prior]) + _encode(symbols, models)
-    values, model = _static_model(levels)
-    if values is not None:
-        rank = np.zeros(256, np.uint8)
-        rank[values] = np.arange(values.size)
-        symbols = rank[symbols]
-    return bytes([STATIC]) + table + _encode(symbols, ((*chunk, model) for chunk in _chunks(n)))
+        coded = bytes([ADAPTIVE, prior]) + _encode(symbols, models)
+    else:
+        values, model = _static_model(levels)
+        ranked = symbols
+        if values is not None:
+            rank = np.zeros(256, np.uint8)
+            rank[values] = np.arange(values.size)
+            ranked = rank[symbols]
+        each = ((*chunk, model) for chunk in _chunks(n))
+        coded = bytes([STATIC]) + table + _encode(ranked, each)
+    return coded if len(coded) <= n else _raw(symbols)  # the sizes were estimates
+
+
+def _raw(symbols: np.ndarray) -> bytes:
+    return bytes([RAW]) + symbols.tobytes()
 
 
 def _smallest(n: int, histograms: np.ndarray, static: float) -> tuple[int, int]:
@@ -234,7 +243,7 @@ def _blocks(n: int) -> Iterator[tuple[int, int]]:
     """The runs of symbols that share one adaptive model; none crosses a chunk."""
     start = 0
     while start < n:
-        size = min(max(_FIRST, start // _SHARE), _MOST)
+        size = max(_FIRST, start // _SHARE)
         stop = min(n, start + size, (start // CHUNK + 1) * CHUNK)
         yield start, stop
         start = stop

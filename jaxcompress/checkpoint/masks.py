@@ -67,7 +67,9 @@ def decode_mask(data: bytes | memoryview, rows: int, width: int) -> np.ndarray:
     """
     reader = Bytes(data)
     lengths = reader.number(), reader.number()
-    if not can_encode(rows, width) or len(data) < 4 * -(-rows // max(1, CHUNK // width)):
+    if not can_encode(rows, width):
+        raise FileError(f"a mask of {rows} rows of {width} is not coded by density")
+    if len(data) < 4 * -(-rows // (CHUNK // width)):
         raise FileError(f"a coded mask is too short to hold {rows} rows of {width}")
     row_class, column_class = (
         _side(reader.take(n), count) for n, count in zip(lengths, (rows, width))
@@ -116,7 +118,7 @@ def _kinds(row_class: np.ndarray, column_class: np.ndarray) -> np.ndarray:
 
 
 def _chunks(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    step = max(1, CHUNK // width)
+    step = CHUNK // width
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 

@@ -23,6 +23,7 @@ from jaxcompress.checkpoint.container import (
     refuse_pickle,
 )
 from jaxcompress.checkpoint.file import is_ours, load
+from jaxcompress.checkpoint.tree import as_array
 from jaxcompress.errors import FileError
 from jaxcompress.lazy import LazyArray
 
@@ -130,17 +131,11 @@ def _lazy_tensors(container: Container, names: Sequence[str] | Mapping[str, Any]
 
         def read() -> Any:
             data = container.read(name).view(dtype.newbyteorder("<"))
-            return _array(data.reshape(shape).astype(dtype, copy=False))
+            return as_array(data.reshape(shape).astype(dtype, copy=False))
 
         return LazyArray(shape, dtype, stop - start, read)
 
     return {name: one(name) for name in names}
-
-
-def _array(array: np.ndarray) -> Any:
-    """A jax array where jax has the dtype; 64-bit values stay as numpy has them."""
-    same = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
-    return jnp.asarray(array) if same else array
 
 
 def _open_folder(path: Path) -> Source:
@@ -234,7 +229,7 @@ def _lazy_member(path: Path, archive: zipfile.ZipFile, name: str) -> LazyArray:
     def read() -> Any:
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return _array(arrays[name])
+                return as_array(arrays[name])
         except (zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
             raise FileError(f"{path}: array {name!r} is damaged: {error}") from error
 
@@ -304,4 +299,4 @@ def _read_orbax(path: Path, structure: Any, i: int) -> Any:
             found = ocp.PyTreeCheckpointer().restore(path.absolute(), args=args)
         except Exception as error:
             raise FileError(f"{path}: not a whole Orbax checkpoint: {error}") from error
-    return _array(np.asarray(jax.tree.leaves(found)[i]))
+    return as_array(np.asarray(jax.tree.leaves(found)[i]))

@@ -169,12 +169,17 @@ def pack_fields(codes: np.ndarray, layout: Fields, shape: tuple[int, ...]) -> np
 
 
 def _mask_bits(words: np.ndarray, layout: Mask) -> np.ndarray | None:
-    """The mask as `[rows, width]` bits; None for gaps that the mask would not give back."""
+    """The mask as `[rows, width]` bits; None for bytes that it would not give back.
+
+    Such are gaps that could be fewer, and padding that is not zero.
+    """
     width, size, bits, entries = layout
     rows = words.reshape(-1, words.shape[-1])
+    codes = _unpack_rows(rows, max(bits, 1), entries if bits else size)
+    if not np.array_equal(_pack_rows(codes, max(bits, 1), words.shape[-1]), rows):
+        return None
     if not bits:
-        return _unpack_rows(rows, 1, size).reshape(-1, width)
-    codes = _unpack_rows(rows, bits, entries)
+        return codes.reshape(-1, width)
     mask = gaps_to_mask(codes, bits, size)
     if mask is None or not np.array_equal(mask_to_gaps(mask, bits, entries), codes):  # type: ignore[arg-type]
         return None
@@ -189,9 +194,11 @@ def _unpack_rows(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     return np.packbits(single.reshape(len(words), count, bits), axis=-1, bitorder="little")[..., 0]
 
 
-def _pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
+def _pack_rows(codes: np.ndarray, bits: int, nbytes: int) -> np.ndarray:
+    """Undoes `_unpack_rows`: rows of `nbytes` bytes, which end in zeros."""
     single = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-    return np.packbits(single.reshape(len(codes), -1), axis=-1, bitorder="little")
+    packed = np.packbits(single.reshape(len(codes), -1), axis=-1, bitorder="little")
+    return np.pad(packed, [(0, 0), (0, nbytes - packed.shape[-1])])
 
 
 def _decode_mask(
@@ -214,6 +221,4 @@ def _decode_mask(
         if gaps is None:
             raise FileError(f"a coded mask is damaged: its gaps do not fit {entries} entries")
         codes = gaps
-    packed = _pack_rows(codes, max(bits, 1))  # whole periods
-    padding = stored - packed.shape[-1]
-    return np.pad(packed, [(0, 0), (0, padding)]).reshape(shape)
+    return _pack_rows(codes, max(bits, 1), stored).reshape(shape)

@@ -338,10 +338,7 @@ class Decoder:
     def _array(self, node: dict[str, Any]) -> Any:
         if self.shapes:
             return jax.ShapeDtypeStruct(*self.source.info(node))
-        array = self.source.read(node)
-        # Without `jax_enable_x64` a jax array has no 64-bit dtype, and half of each value is lost.
-        narrowed = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
-        return array if narrowed else jnp.asarray(array)
+        return as_array(self.source.read(node))
 
     def _compressed(self, node: dict[str, Any], where: str) -> CompressedArray:
         form = node["form"]
@@ -384,6 +381,17 @@ class Decoder:
 
 def _is_new_key(name: str | int, items: dict[Any, Any]) -> bool:
     return not isinstance(name, bool) and name not in items
+
+
+def as_array(array: np.ndarray) -> jax.Array | np.ndarray:
+    """A jax array, where jax has the dtype; else the numpy array."""
+    # Without `jax_enable_x64` a jax array has no 64-bit dtype, and half of each value is lost.
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        return array
+    try:
+        return jnp.asarray(array)
+    except jax.errors.JaxRuntimeError:  # a dtype of six bits, on some backends
+        return array
 
 
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)

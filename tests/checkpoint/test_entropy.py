@@ -13,19 +13,19 @@ import jaxcompress as jc
 from jaxcompress.checkpoint import entropy
 from jaxcompress.checkpoint.entropy import CHUNK, decode_bytes, encode_bytes
 
-RNG = np.random.default_rng(0)
 KINDS = {
-    "gauss": lambda n: np.rint(RNG.standard_normal(n) * 38).clip(-127, 127).astype(np.int8),
-    "nibbles": lambda n: RNG.binomial(15, 0.5, n) * 16 + RNG.binomial(15, 0.5, n),
-    "mask": lambda n: np.packbits(RNG.random((n, 8)) < 0.1, axis=1)[:, 0],
-    "few": lambda n: RNG.choice([3, 17, 200], n, p=[0.7, 0.2, 0.1]),
-    "uniform": lambda n: RNG.integers(0, 256, n),
-    "rare": lambda n: (RNG.random(n) < 1e-3) * 7,
+    "gauss": lambda rng, n: np.rint(rng.standard_normal(n) * 38).clip(-127, 127).astype(np.int8),
+    "nibbles": lambda rng, n: rng.binomial(15, 0.5, n) * 16 + rng.binomial(15, 0.5, n),
+    "mask": lambda rng, n: np.packbits(rng.random((n, 8)) < 0.1, axis=1)[:, 0],
+    "few": lambda rng, n: rng.choice([3, 17, 200], n, p=[0.7, 0.2, 0.1]),
+    "uniform": lambda rng, n: rng.integers(0, 256, n),
+    "rare": lambda rng, n: (rng.random(n) < 1e-3) * 7,
 }
 
 
 def draw(kind, n):
-    return KINDS[kind](n).astype(np.int64).astype(np.uint8)
+    rng = np.random.default_rng([n, *kind.encode()])
+    return KINDS[kind](rng, n).astype(np.int64).astype(np.uint8)
 
 
 def entropy_bytes(symbols):

@@ -49,6 +49,20 @@ def test_safetensors_files(tmp_path, sep):
     same(jc.open_params(tmp_path), PARAMS)
 
 
+def test_eight_bit_floats_of_other_tools(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    values = torch.arange(-4, 4, dtype=torch.float32)
+    saved = {"a": values.to(torch.float8_e4m3fn), "b": values.to(torch.float8_e5m2)}
+    save_file({**saved, "c": values.to(torch.bfloat16)}, tmp_path / "x.safetensors")
+    tree = jc.open_params(tmp_path / "x.safetensors")
+    dtypes = [tree[name].load().dtype.name for name in "abc"]
+    assert dtypes == ["float8_e4m3fn", "float8_e5m2", "bfloat16"]
+    for name in "abc":
+        np.testing.assert_array_equal(tree[name].load().astype(jnp.float32), values.numpy())
+
+
 def test_names_that_are_no_tree_stay_as_they_are(tmp_path):
     for names in (("a", "a.b"), ("a.b", "a.b.c", "a.d")):
         arrays = {name: np.full(2, i, np.float32) for i, name in enumerate(names)}

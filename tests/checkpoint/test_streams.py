@@ -175,6 +175,17 @@ def test_gaps_that_the_mask_does_not_give_back_keep_their_own_form():
     assert gaps_to_mask(codes, 2, 20) is None
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_padding_that_is_not_zero_is_kept(sparsity):
+    """Nobody reads those bits; but a file gives back every bit that it was given."""
+    leaf = jc.Prune(sparsity)(W[:31, :61])
+    words = np.asarray(leaf.index.words).copy()
+    words[-1] |= 128
+    found = encode_array(words, leaf.layouts()["index"])
+    if found is not None:
+        np.testing.assert_array_equal(decode_array(*found, words.shape, words.dtype), words)
+
+
 JUNK = st.one_of(st.integers(-2, 2**33), st.sampled_from([0, 1, 2, 3, 8, "rows", None, 2.5]))
 
 
