@@ -24,6 +24,7 @@ from common import Row, interleaved, row, show
 
 import jaxcompress as jc
 from jaxcompress.checkpoint.entropy import decode_bytes, encode_bytes
+from jaxcompress.checkpoint.streams import encode_array
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 MB = 1e6
@@ -81,6 +82,29 @@ def _streams(params: Any, quick: bool) -> list[Row]:
     return rows
 
 
+def _arrays(params: Any) -> list[Row]:
+    """Other parts of leaves, of one layer: what order-0 codes of plain bytes leave on the table."""
+    w = params["encoder"]["layer_0"]["mlp"]["up"]["kernel"]
+    pruned, pattern = jc.Prune(0.95)(w), jc.Prune(0.5, pattern="2:4")(w)
+    three = jc.Quantize("int3", group_size=64)(w)
+    parts = {
+        "mask of 95% pruned weights": (pruned.index.words, pruned.layouts()["index"]),
+        "mask of 2:4": (pattern.index.words, pattern.layouts()["index"]),
+        "codes of 3 bits": (three.codes.words, three.codes.layouts()["words"]),
+        "bfloat16 scales": (three.scale, None),
+        "float32 weights": (w, None),
+    }
+    rows = []
+    for name, (array, layout) in parts.items():
+        array = np.asarray(array)
+        found = encode_array(array, layout)
+        assert found is not None
+        deflated = zlib.compress(np.ascontiguousarray(array).tobytes(), 6)
+        rows.append(row(f"{name}, {array.nbytes / 1e3:.0f} kB: coded", len(found[1]) / MB,
+                        "zlib, level 6", len(deflated) / MB, unit="MB"))  # fmt: skip
+    return rows
+
+
 def _files(params: Any) -> list[Row]:
     """The whole model."""
     from minilm import RULES
@@ -122,7 +146,7 @@ def run(quick: bool = False) -> list[Row]:
     from minilm import fetch, load_params
 
     params = load_params(fetch("minilm"))
-    return _streams(params, quick) + ([] if quick else _files(params))
+    return _streams(params, quick) + _arrays(params) + ([] if quick else _files(params))
 
 
 def main() -> None:
