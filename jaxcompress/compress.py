@@ -46,7 +46,8 @@ def compress(
       axes: the input and output axes of leaves by path, from `kernel_axes`; the conventions of
         Flax for all others (see `default_axes`).
       lazy: compress each leaf when it is loaded, and each time anew: with lazy leaves of a file in
-        and `save` at the other end, a model larger than memory is compressed leaf by leaf.
+        and `save` at the other end, a model larger than memory is compressed leaf by leaf. Until
+        then a leaf counts as many bytes as it had; nothing is donated.
 
     Returns:
       The same tree, the matched leaves compressed. A leaf that occurs at several places, under one
@@ -138,7 +139,7 @@ def plan_rules(
 
 def _lazily(leaf: Any, spec: Spec, context: LeafContext, donate: bool) -> LazyArray:
     return LazyArray(
-        tuple(leaf.shape), np.dtype(leaf.dtype), nbytes(leaf),
+        tuple(leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype), nbytes(leaf),
         lambda: _compress_leaf(leaf, spec, context, donate=False),
     )  # fmt: skip
 

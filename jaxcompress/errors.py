@@ -13,6 +13,10 @@ class SpecError(CompressError):
     """A spec is impossible, or does not fit the leaf it was given."""
 
 
+class ValuesNeededError(SpecError):
+    """A spec must read the values of its leaf, which inside of jit it cannot."""
+
+
 class RecipeError(RuleError):
     """A recipe is no YAML, or says something that is not known; names the line and the key."""
 

@@ -16,7 +16,7 @@ class Ahead:
     """Loads lazy leaves, each while the caller still works on the one before it.
 
     Args:
-      leaves: in the order in which they will be asked for; another order is slower, no more.
+      leaves: each once, in the order in which they will be asked for.
     """
 
     def __init__(self, leaves: Sequence[LazyArray]) -> None:

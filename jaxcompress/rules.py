@@ -57,7 +57,12 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
       >>> flatten({"kernel": nn.Partitioned(1.0, (None,)), "pair": [2.0, 3.0]})[0]
       [('kernel', 1.0), ('pair/0', 2.0), ('pair/1', 3.0)]
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
+    try:
+        leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
+    except ValueError as error:
+        raise RuleError(
+            f"the tree is no pytree: {error} Keys of one dict are all texts, or all integers."
+        ) from error
     children: dict[Any, set[Any]] = collections.defaultdict(set)
     for path, _ in leaves:
         for i, key in enumerate(path):

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -38,6 +39,7 @@ CHECKSUM = "jaxcompress.checksum"
 _HEAD = b'{"__metadata__":{"jaxcompress.checksum":"'
 _DIGITS = 8
 _PIECE = 1 << 24
+_MOST = 100_000_000  # the reference reader refuses longer headers
 
 
 class Tensor(NamedTuple):
@@ -196,7 +198,10 @@ def parse_json(path: Path, text: str | bytes) -> Any:
 
 def as_json(value: Any) -> str:
     """JSON in UTF-8, which readers of the format insist on: no half of a surrogate pair."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    try:
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"a value cannot be written as JSON: {error}") from error
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -247,7 +252,7 @@ def write_container(
         length must not depend on them.
       checked: whether the header has a checksum of its own.
     """
-    width = {code: np.dtype(name).itemsize for name, code in CODES.items()}
+    width = {code: jnp.dtype(name).itemsize for code, name in DTYPES.items()}
     entries = sorted(entries, key=lambda e: (-width[e.code], e.name))
     with replacing(path) as file:
         blank = ["0" * _DIGITS] * len(entries)
@@ -270,6 +275,11 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str], checked: bool
         head[entry.name] = {"dtype": entry.code, "shape": shape, "data_offsets": [begin, end]}
     text = as_json(head).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _MOST:
+        raise FileError(
+            f"the header would take {len(text)} bytes, and readers take {_MOST}: the names are too "
+            "many or too long; write several files"
+        )
     if checked:
         text = _HEAD + _crc(text) + text[len(_HEAD) + _DIGITS :]
     return struct.pack("<Q", len(text)) + text
@@ -277,14 +287,23 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str], checked: bool
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path` that takes its place once it is whole and on the disk."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    """A new file beside `path` that takes its place once it is whole and on the disk.
+
+    A link is followed: it is the file it leads to that is replaced.
+
+    Raises:
+      FileError: when there is something else than a file.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise FileError(f"{path} is there and no regular file; write another name")
+    handle, name = tempfile.mkstemp(prefix=".jaxcompress-", suffix=".part", dir=path.parent)
     try:
         with open(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, 0o666 & ~_UMASK)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -293,9 +312,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _umask() -> int:
-    current = os.umask(0)
+    current = os.umask(0o077)
     os.umask(current)
     return current
+
+
+_UMASK = _umask()  # it can only be read by setting it, so once, before there are threads
 
 
 class Spool:
@@ -359,6 +381,14 @@ def _copy_range(source: Any, start: int, target: BinaryIO, size: int) -> None:
         piece = source.read(min(stop - start, _PIECE))
         target.write(piece)
         start += len(piece)
+
+
+def looks_like_safetensors(path: Path) -> bool:
+    """Whether a file begins like one, whatever it is called."""
+    with open(path, "rb") as file:
+        first = file.read(9)
+        size = os.fstat(file.fileno()).st_size
+    return len(first) == 9 and struct.unpack("<Q", first[:8])[0] <= size - 8 and first[8:] == b"{"
 
 
 def is_name(text: str) -> bool:

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.base import materialize
-from jaxcompress.checkpoint.container import CODES, Entry, bytes_of, replacing, write_container
+from jaxcompress.checkpoint.container import DTYPES, Entry, bytes_of, replacing, write_container
 from jaxcompress.compress import decompress
 from jaxcompress.errors import FileError
 from jaxcompress.lazy import LazyArray
 from jaxcompress.rules import flatten
 
+_CODES = {name: code for code, name in DTYPES.items()}
 FORMATS = (".safetensors", ".npz", ".msgpack")
 
 
@@ -72,12 +73,13 @@ def _dense(leaf: Any, dtype: Any) -> np.ndarray:
 def _write_safetensors(path: Path, leaves: dict[str, Any], dtype: Any) -> None:
     def entry(name: str, leaf: Any) -> Entry:
         target = _target(leaf, dtype)
-        if target.name not in CODES:
+        code = _CODES.get(target.name)
+        if code is None:
             raise FileError(f"{name!r} has dtype {target}, which safetensors does not hold")
 
         raw = lambda: _dense(leaf, dtype).reshape(-1).view(np.uint8).data
         nbytes = math.prod(leaf.shape) * target.itemsize
-        return Entry(name, CODES[target.name], tuple(leaf.shape), nbytes, bytes_of(raw))
+        return Entry(name, code, tuple(leaf.shape), nbytes, bytes_of(raw))
 
     write_container(path, [entry(*item) for item in leaves.items()], lambda _: {}, checked=False)
 
@@ -85,9 +87,7 @@ def _write_safetensors(path: Path, leaves: dict[str, Any], dtype: Any) -> None:
 def _write_npz(path: Path, leaves: dict[str, Any], dtype: Any) -> None:
     for name, leaf in leaves.items():
         if _target(leaf, dtype).kind not in "biufc":
-            raise FileError(
-                f"{name!r} is {leaf.dtype}, which npz does not keep; use --dtype float32"
-            )
+            raise FileError(f"{name!r} is {leaf.dtype}, which npz does not keep; write a .msgpack")
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, leaf in leaves.items():
             # The date of the archive's format, so that equal trees give equal bytes.

@@ -34,6 +34,7 @@ from jaxcompress.checkpoint.tree import (
     as_dtype,
     damage_told,
     leaf_nodes,
+    leaves_in_order,
     named_arrays,
 )
 from jaxcompress.errors import FileError
@@ -98,7 +99,21 @@ def save(
     """
     path = Path(path)
     strings = _checked(metadata or {})
-    leaves = _leaves(tree)
+    try:
+        _save(path, tree, strings, coded, recipe, progress)
+    except RecursionError as error:
+        raise FileError(f"{path}: the tree is nested too deeply to be saved") from error
+
+
+def _save(
+    path: Path,
+    tree: Any,
+    strings: Mapping[str, str],
+    coded: bool,
+    recipe: Recipe | None,
+    progress: bool,
+) -> None:
+    leaves = list({id(leaf): leaf for leaf in leaves_in_order(tree)}.values())
     ahead = Ahead([leaf for leaf in leaves if isinstance(leaf, LazyArray)])
     with contextlib.closing(_Writer(path, coded)) as writer, contextlib.closing(ahead):
         with progress_bar(progress, "writing", len(leaves) or None) as advance:
@@ -111,12 +126,6 @@ def save(
             return {_KEY: as_json(ours), **strings}
 
         write_container(path, writer.entries, describe)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    with contextlib.suppress(ValueError):  # jax cannot sort keys of two types; they are saved
-        return [leaf for _, leaf in flatten(tree)[0]]
-    return []
 
 
 def _checked(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -284,6 +293,13 @@ class StoredLeaf(NamedTuple):
     form: str
     memory: int
     parts: dict[str, int]
+
+
+def load_shapes(path: str | os.PathLike[str]) -> Any:
+    """The tree in a file with `jax.ShapeDtypeStruct`s for arrays, from its header alone."""
+    container = open_container(Path(path))
+    described, checksums = _described(container)
+    return Decoder(_File(container, checksums), shapes=True).decode(described)
 
 
 def stored_leaves(path: str | os.PathLike[str]) -> list[StoredLeaf]:

@@ -150,11 +150,14 @@ def mask_to_gaps(mask: np.ndarray, bits: int, entries: int) -> np.ndarray | None
     A gap beyond the largest code is written with escapes, and so are entries to spare.
     """
     escape = 2**bits - 1
+    row, column = np.nonzero(mask)
+    before = np.where(np.diff(row, prepend=-1) > 0, -1, np.roll(column, 1))
+    gaps = column - before - 1
+    taken = np.cumsum(gaps // escape + 1)
+    first = np.searchsorted(row, np.arange(len(mask)))  # of each row, among the ones of all
+    taken -= np.concatenate([[0], taken])[first][row]
+    if taken.size and taken.max() > entries:
+        return None
     codes = np.full((len(mask), entries), escape, np.uint8)
-    for row, ones in enumerate(mask):
-        gaps = np.diff(np.flatnonzero(ones), prepend=-1) - 1
-        last = np.cumsum(gaps // escape + 1) - 1
-        if last.size and last[-1] >= entries:
-            return None
-        codes[row, last] = gaps % escape
+    codes[row, taken - 1] = gaps % escape
     return codes

@@ -18,6 +18,7 @@ from jaxcompress.checkpoint.container import (
     DTYPES,
     Container,
     is_name,
+    looks_like_safetensors,
     open_container,
     parse_json,
     refuse_pickle,
@@ -35,11 +36,13 @@ class Source:
     Attributes:
       kind: `jaxcompress`, `safetensors`, `hugging face`, `npz`, `msgpack` or `orbax`.
       tree: nested dicts of lazy or loaded leaves.
+      files: what is read for it.
       separator: what stood between the keys in the file's names, or None for a real tree.
     """
 
     kind: str
     tree: Any
+    files: tuple[Path, ...]
     separator: str | None = None
 
 
@@ -80,6 +83,12 @@ def open_source(path: Any) -> Source:
         return _open_folder(path)
     if path.name.endswith(".safetensors.index.json"):
         return _open_sharded(path)
+    if looks_like_safetensors(path):  # whatever it is called
+        container = open_container(path)
+        if is_ours(container):
+            separator = container.metadata.get(SEPARATOR)
+            return Source("jaxcompress", load(path, lazy=True), (path,), separator)
+        return _named("safetensors", _lazy_tensors(container, container.tensors), path)
     with open(path, "rb") as file:
         first = file.read(8)
     if path.suffix == ".msgpack":
@@ -90,34 +99,33 @@ def open_source(path: Any) -> Source:
         raise FileError(f"{path}: not a whole npz file; write one with np.savez")
     if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"):
         refuse_pickle(path, b"\x80\x04")
-    container = open_container(path)
-    if is_ours(container):
-        return Source("jaxcompress", load(path, lazy=True), _recorded_separator(container))
-    return _named("safetensors", _lazy_tensors(container, container.tensors))
+    open_container(path)  # says what is wrong with it
+    raise FileError(f"{path}: not a whole safetensors file")
 
 
+# The key under which the command line keeps a source's separator in the metadata of its output.
 SEPARATOR = "separator"
+_DEEPEST = 100  # more parts make a name no tree
 
 
-def _recorded_separator(container: Container) -> str | None:
-    return container.metadata.get(SEPARATOR)
-
-
-def _named(kind: str, leaves: Mapping[str, Any]) -> Source:
+def _named(kind: str, leaves: Mapping[str, Any], *files: Path) -> Source:
     """Leaves by names with separators, as nested dicts where the names allow it."""
     separator = "/" if any("/" in name for name in leaves) else "."
+    flat = Source(kind, dict(leaves), files, "/")
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split(separator)
+        if len(parents) > _DEEPEST:
+            return flat
         place: Any = tree
         for key in parents:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
-                return Source(kind, dict(leaves), None)
+                return flat
         if last in place:  # one name goes on where another ends
-            return Source(kind, dict(leaves), None)
+            return flat
         place[last] = leaf
-    return Source(kind, tree, separator)
+    return Source(kind, tree, files, separator)
 
 
 def _lazy_tensors(container: Container, names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -176,11 +184,14 @@ def _open_sharded(index: Path) -> Source:
         if not (index.parent / shard).exists():
             raise FileError(f"{index}: the file {shard!r} that it names is missing")
         container = open_container(index.parent / shard)
+        if is_ours(container):
+            raise FileError(f"{index}: {shard!r} is a file of jaxcompress; open it by itself")
         missing = [name for name in names if name not in container.tensors]
         if missing:
             raise FileError(f"{index}: {shard!r} does not hold {missing[0]!r}")
         leaves.update(_lazy_tensors(container, names))
-    return _named("hugging face", {name: leaves[name] for name in weight_map})
+    files = (index, *(index.parent / shard for shard in shards))
+    return _named("hugging face", {name: leaves[name] for name in weight_map}, *files)
 
 
 def _open_npz(path: Path) -> Source:
@@ -194,11 +205,11 @@ def _open_npz(path: Path) -> Source:
             if len(set(names)) < len(names):
                 raise FileError(f"{path}: it holds an array twice; which one counts?")
             leaves = {name: _lazy_member(path, archive, name) for name in names}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError) as error:
-        if isinstance(error, FileError):
-            raise
+    except FileError:
+        raise
+    except Exception as error:  # zip, zlib and numpy's parser of headers raise much
         raise FileError(f"{path}: not a whole npz file: {error}") from error
-    return _named("npz", leaves)
+    return _named("npz", leaves, path)
 
 
 def _lazy_member(path: Path, archive: zipfile.ZipFile, name: str) -> LazyArray:
@@ -230,7 +241,7 @@ def _lazy_member(path: Path, archive: zipfile.ZipFile, name: str) -> LazyArray:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return as_array(arrays[name])
-        except (zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
+        except Exception as error:
             raise FileError(f"{path}: array {name!r} is damaged: {error}") from error
 
     return LazyArray(tuple(shape), dtype.newbyteorder("="), nbytes, read)
@@ -247,7 +258,7 @@ def _open_msgpack(path: Path) -> Source:
         raise FileError(f"{path}: not a whole Flax msgpack file: {error}") from error
     if not isinstance(tree, dict):
         raise FileError(f"{path}: a Flax msgpack file holds a dict of arrays, not {tree!r:.40}")
-    return Source("msgpack", tree)
+    return Source("msgpack", tree, (path,))
 
 
 @contextlib.contextmanager
@@ -284,7 +295,8 @@ def _open_orbax(path: Path) -> Source:
             tuple(shape), np.dtype(dtype), nbytes, lambda: _read_orbax(path, structure, i)
         )
 
-    return Source("orbax", jax.tree.unflatten(structure, [one(i) for i in range(len(leaves))]))
+    found = jax.tree.unflatten(structure, [one(i) for i in range(len(leaves))])
+    return Source("orbax", found, (path,))
 
 
 def _read_orbax(path: Path, structure: Any, i: int) -> Any:

@@ -65,38 +65,15 @@ class Encoder:
         """
         if tree is None:
             return None
-        if isinstance(tree, (CompressedArray, LazyArray, jax.Array, np.ndarray, np.generic)):
+        if isinstance(tree, _LEAVES):
             return self._leaf(tree, path, held)  # np.float64 is a float as well
         if isinstance(tree, (bool, int, float, str)):
             return {"value": tree}
-        if isinstance(tree, Mapping):
-            for name in tree:
-                if not isinstance(name, (str, int)) or isinstance(name, bool):
-                    raise FileError(
-                        f"{path or 'the tree'}: key {name!r} is neither string nor integer"
-                    )
-            names = sorted(tree, key=lambda name: (isinstance(name, str), name))
-            return {
-                "dict": [
-                    [name, self.encode(tree[name], _join(path, str(name)), held)] for name in names
-                ]
-            }
-        if type(tree) in (list, tuple):
-            items = [self.encode(x, _join(path, str(i)), held) for i, x in enumerate(tree)]
-            return {"list" if type(tree) is list else "tuple": items}
-        return self._container(tree, path, held)
-
-    def _container(self, tree: Any, path: str, held: bool) -> Any:
-        children = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
-        if len(children) == 1 and children[0][1] is tree:
-            raise FileError(
-                f"{path or 'the tree'}: a {type(tree).__name__} cannot be saved; keep arrays, "
-                "numbers and strings in the tree"
-            )
-        if len(children) == 1 and is_wrapper_key(children[0][0][0]):
+        kind, children = _branches(tree, path)
+        if kind == "wrapper":
             return self.encode(children[0][1], path, held)
-        named = [(path_str(keys), child) for keys, child in children]
-        return {"dict": [[n, self.encode(child, _join(path, n), held)] for n, child in named]}
+        nodes = [(name, self.encode(x, _join(path, str(name)), held)) for name, x in children]
+        return {kind: [list(pair) for pair in nodes] if kind == "dict" else [x for _, x in nodes]}
 
     def _leaf(self, leaf: Any, path: str, held: bool) -> Any:
         known = self._nodes.get(id(leaf))
@@ -112,6 +89,8 @@ class Encoder:
         return node
 
     def _loaded(self, leaf: Any, path: str, held: bool) -> Any:
+        if not isinstance(leaf, _LEAVES):  # a lazy leaf may give a plain value
+            return self.encode(leaf, path, held)
         if not is_compressed(leaf):
             return self._array(leaf, path, None, held)
         return self._compressed(leaf, path, leaf.layouts(), held)
@@ -129,7 +108,7 @@ class Encoder:
         node = {"array": name}
         dtype = np.dtype(array.dtype)
         if dtype.name not in CODES:
-            if dtype.itemsize != 1 or dtype.kind not in "Vf":
+            if dtype.itemsize != 1 or not _is_dtype(dtype.name) or dtype.names:
                 raise FileError(f"{path}: arrays of dtype {dtype} cannot be saved")
             node["dtype"] = dtype.name
         self._names.add(name)
@@ -151,8 +130,8 @@ class Encoder:
                 return self._compressed(value, where, inner, held)
             if value is None:
                 return None
-            if not hasattr(value, "dtype"):
-                return self.encode(value, where, held)
+            if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+                raise FileError(f"{where} is {value!r}; a child of a leaf is an array, or static")
             return self._array(value, where, layouts.get(name), held)
 
         return {
@@ -162,6 +141,39 @@ class Encoder:
             "static": {n: _to_json(getattr(leaf, n), f"{path}.{n}") for n in leaf.static},
             "children": {name: child(name) for name in leaf.children},
         }
+
+
+def _branches(tree: Any, path: str) -> tuple[str, list[tuple[Any, Any]]]:
+    """The children of a container in the order of the file, and what it becomes there."""
+    if isinstance(tree, Mapping):
+        for name in tree:
+            if not isinstance(name, (str, int)) or isinstance(name, bool):
+                raise FileError(f"{path or 'the tree'}: key {name!r} is neither string nor integer")
+        names = sorted(tree, key=lambda name: (isinstance(name, str), name))
+        return "dict", [(name, tree[name]) for name in names]
+    if type(tree) in (list, tuple):
+        return type(tree).__name__, list(enumerate(tree))
+    children = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
+    if len(children) == 1 and children[0][1] is tree:
+        raise FileError(
+            f"{path or 'the tree'}: a {type(tree).__name__} cannot be saved; keep arrays, numbers "
+            "and strings in the tree"
+        )
+    wrapped = len(children) == 1 and is_wrapper_key(children[0][0][0])
+    return "wrapper" if wrapped else "dict", [(path_str(keys), child) for keys, child in children]
+
+
+_LEAVES = (CompressedArray, LazyArray, jax.Array, np.ndarray, np.generic)
+
+
+def leaves_in_order(tree: Any, path: str = "") -> Iterator[Any]:
+    """The arrays and compressed leaves of a tree in the order in which an `Encoder` takes them."""
+    if isinstance(tree, _LEAVES):
+        yield tree
+    elif tree is not None and not isinstance(tree, (bool, int, float, str)):
+        kind, children = _branches(tree, path)
+        for name, child in children:
+            yield from leaves_in_order(child, path if kind == "wrapper" else _join(path, str(name)))
 
 
 def _join(path: str, name: str) -> str:
@@ -189,6 +201,13 @@ def _from_json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise FileError(f"the header holds {value!r} where a plain value belongs")
+
+
+def _is_dtype(name: str) -> bool:
+    with contextlib.suppress(FileError):
+        as_dtype(name)
+        return True
+    return False
 
 
 def as_dtype(name: Any) -> np.dtype:
@@ -255,8 +274,13 @@ class Decoder:
           FileError: when the description is damaged or names a form that is not registered.
         """
         with damage_told(self.source.path):
-            names = collections.Counter(array_names(node))
-            self._repeated = frozenset(name for name, n in names.items() if n > 1)
+            named = collections.defaultdict(list)
+            for child in array_nodes(node):
+                named[child["array"]].append(child)
+            for name, nodes in named.items():
+                if any(other != nodes[0] for other in nodes):
+                    raise FileError(f"the header says two things of tensor {name!r}")
+            self._repeated = frozenset(name for name, nodes in named.items() if len(nodes) > 1)
             return self._node(node, "")
 
     def _node(self, node: Any, where: str) -> Any:
@@ -291,7 +315,7 @@ class Decoder:
     def _once(self, node: dict[str, Any], where: str) -> Any:
         """A leaf; what is alike in several places is one object."""
         key = ""
-        if self._repeated.intersection(array_names(node)):
+        if any(child["array"] in self._repeated for child in array_nodes(node)):
             key = json.dumps(node, sort_keys=True)
             if key in self._shared:
                 return self._shared[key]
@@ -397,15 +421,21 @@ def as_array(array: np.ndarray) -> jax.Array | np.ndarray:
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
-def array_names(node: Any) -> Iterator[str]:
-    """The names of all arrays below a node, as often as they are named."""
+_ARRAY_KEYS = {"array", "dtype", "shape", "coded"}
+
+
+def array_nodes(node: Any) -> Iterator[dict[str, Any]]:
+    """All nodes of arrays below a node, as often as they come."""
     if isinstance(node, dict):
         if isinstance(node.get("array"), str):
-            yield node["array"]
+            if not set(node) <= _ARRAY_KEYS:
+                raise FileError(f"the header says of an array what is not known: {sorted(node)}")
+            yield node
+            return
         node = list(node.values())
     if isinstance(node, list):
         for child in node:
-            yield from array_names(child)
+            yield from array_nodes(child)
 
 
 def named_arrays(node: Any, kind: str = "dense") -> Iterator[tuple[str, str]]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 
+from jaxcompress.arrays.base import is_compressed
 from jaxcompress.checkpoint.export import export
-from jaxcompress.checkpoint.file import save
+from jaxcompress.checkpoint.file import load_shapes, save
 from jaxcompress.checkpoint.sources import SEPARATOR, Source, open_source
 from jaxcompress.compress import Hit, compress, nbytes, plan_rules
-from jaxcompress.errors import FileError, SpecError
+from jaxcompress.errors import FileError, ValuesNeededError
 from jaxcompress.progress import progress_bar
 from jaxcompress.recipes import PRESETS, Recipe
 from jaxcompress.report.contents import contents
@@ -31,7 +32,7 @@ def compress_file(args: Namespace) -> int:
     source = open_source(vars(args)["in"])
     if args.dry_run:
         return _dry_run(args, recipe, source)
-    out = _target(args)
+    out = _target(args, source)
     start = time.perf_counter()
     small = compress(source.tree, recipe, lazy=True)
     metadata = {SEPARATOR: source.separator} if source.separator else {}
@@ -42,14 +43,16 @@ def compress_file(args: Namespace) -> int:
     return 0
 
 
-def _target(args: Namespace) -> Path:
-    out = Path(args.out)
+def _target(args: Namespace, source: Source) -> Path:
+    out, given = Path(args.out), Path(vars(args)["in"])
     if out.is_dir():
         raise FileError(f"{out} is a folder; write the name of a file in it")
-    if out.exists() and out.samefile(vars(args)["in"]):
+    if out.exists() and any(out.samefile(file) for file in source.files):
         raise FileError(f"{out} is the input; write another name, so that nothing is lost")
     if not out.parent.is_dir():
         raise FileError(f"{out.parent} is no folder; make it first")
+    if given.is_dir() and out.resolve().is_relative_to(given.resolve()):
+        raise FileError(f"{out} lies in the folder {given}, which is the input; write elsewhere")
     return out
 
 
@@ -84,7 +87,8 @@ def _finite(value: Any) -> Any:
 
 
 def _dry_run(args: Namespace, recipe: Recipe, source: Source) -> int:
-    leaves = [(path, leaf) for path, leaf in flatten(source.tree)[0]]
+    ours = source.kind == "jaxcompress"
+    leaves = flatten(load_shapes(source.files[0]) if ours else source.tree)[0]
     hits = plan_rules(leaves, recipe, {})
     rows = []
     for (path, leaf), hit in zip(leaves, hits):
@@ -108,10 +112,10 @@ def _dry_run(args: Namespace, recipe: Recipe, source: Source) -> int:
 
 
 def _expected(leaf: Any, hit: Hit, recipe: Recipe) -> int | None:
-    struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    struct = leaf if is_compressed(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     try:
         return nbytes(jax.eval_shape(lambda x: hit.spec(x, hit.context(recipe.key(), 0)), struct))
-    except SpecError:  # a rank by energy, a count of zeros
+    except ValuesNeededError:  # a rank by energy, a count of zeros
         return None
 
 
@@ -131,7 +135,9 @@ def _print_dry_run(rows: list[dict[str, Any]]) -> None:
     known = [row for row in rows if row["after"] is not None]
     before, after = (sum(row[name] for row in known) for name in ("before", "after"))
     table.add_section()
-    table.add_row("total before coding", "", "", size_text(before), size_text(after), style="bold")
+    which = "" if len(known) == len(rows) else f" of {len(known)} of {len(rows)} leaves"
+    table.add_row(f"total before coding{which}", "", "", size_text(before), size_text(after),
+                  style="bold")  # fmt: skip
     _print(table)
 
 
@@ -147,7 +153,7 @@ def _print(table: Any) -> None:
 def decompress_file(args: Namespace) -> int:
     """`jaxcompress decompress`."""
     source = open_source(vars(args)["in"])
-    out = _target(args)
+    out = _target(args, source)
     start = time.perf_counter()
     export(out, source.tree, source.separator or ".", args.dtype)
     seconds = time.perf_counter() - start

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxcompress.arrays.low_rank import LowRankArray
 from jaxcompress.decomposition.svd import squared_singular_values, truncated_svd
-from jaxcompress.errors import SpecError
+from jaxcompress.errors import SpecError, ValuesNeededError
 from jaxcompress.numerics import unit_scale
 from jaxcompress.specs import LeafContext, Plan, Spec, is_count, register_spec
 
@@ -79,7 +79,7 @@ class LowRank(Spec):
 
     def _by_energy(self, leaf: Any, batch: int, middle: int, context: LeafContext) -> int:
         if isinstance(leaf, jax.core.Tracer):
-            raise SpecError(
+            raise ValuesNeededError(
                 f"{context.path}: a rank by energy reads the values, which jit hides; compress "
                 "outside of jit or write LowRank(rank=...)"
             )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.arrays.sparse import SparseArray, best_layout, encode
-from jaxcompress.errors import SpecError
+from jaxcompress.errors import SpecError, ValuesNeededError
 from jaxcompress.pruning.select import kept_count, n_of_m_mask, top_mask
 from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
 
@@ -109,7 +109,7 @@ class Prune(Spec):
 def _nonzeros(leaf: Any, batch_ndim: int, context: LeafContext) -> int:
     """The most nonzero values that one weight of a stack has."""
     if isinstance(leaf, jax.core.Tracer):
-        raise SpecError(
+        raise ValuesNeededError(
             f"{context.path}: Prune() counts the zeros of a concrete array; call it outside of "
             "jit, or write a sparsity"
         )
@@ -124,9 +124,12 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
       >>> parse_pattern("2:4")
       (2, 4)
     """
-    found = re.fullmatch(r"(\d+):(\d+)", pattern)
+    found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     if found is None or not 0 < int(found[1]) <= int(found[2]) <= 64:
-        raise SpecError(f"pattern={pattern!r}: write 'n:m' with 0 < n <= m <= 64, such as '2:4'")
+        raise SpecError(
+            f"pattern={pattern!r}: write 'n:m' with 0 < n <= m <= 64, such as '2:4' "
+            "(in quotes, for YAML reads 2:4 as a number)"
+        )
     return int(found[1]), int(found[2])
 
 

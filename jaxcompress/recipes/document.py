@@ -98,11 +98,13 @@ class Node:
         value = self._scalar()
         return value if isinstance(value, bool) else self.fail(f"write true or false, not {value}")
 
-    def whole(self, least: int) -> int:
+    def whole(self, least: int, most: int | None = None) -> int:
         """Its whole number."""
         value = self._scalar()
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             self.fail(f"write a whole number of at least {least}, not {value!r}")
+        if most is not None and value > most:
+            self.fail(f"write a whole number of at most {most}")
         return value
 
     def tried(self, make: Callable[[], T], fields: Mapping[str, Node] | None = None) -> T:

@@ -6,7 +6,8 @@ All leave dense what is small or has one axis (biases, norms), and norms that a 
 from __future__ import annotations
 
 _NORMS = """
-  - match: ["**/*norm*/**", "**/*Norm*/**", "**/*_ln/**", "**/ln_*/**", "**/scale", "**/bias"]
+  - match: ["**/*norm*/**", "**/*norm*", "**/*Norm*/**", "**/*Norm*", "**/*_ln/**", "**/*_ln",
+            "**/ln*/**", "**/bn*/**", "**/scale", "**/bias", "**/mean", "**/var"]
     optional: true
     dense: true
 """
@@ -18,7 +19,8 @@ _WEIGHTS = """
 """
 # Under a hundredth of a transformer's weights, but every token meets them.
 _POSITIONS = """
-  - match: ["**/*position*/**", "**/wpe/**", "**/*token_type*/**"]
+  - match: ["**/*position*/**", "**/*position*", "**/*pos_emb*/**", "**/*pos_emb*", "**/wpe/**",
+            "**/*token_type*/**"]
     min_ndim: 2
     min_size: 1024
     optional: true

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.checkpoint.container import looks_like_safetensors
 from jaxcompress.checkpoint.file import read_recipe
 from jaxcompress.errors import RecipeError
 from jaxcompress.recipes.document import Node, dump, parse
@@ -153,7 +154,7 @@ class Recipe:
             raise RecipeError(
                 f"no recipe {str(source)!r}: neither a file nor a preset ({', '.join(PRESETS)})"
             )
-        if path.suffix == ".safetensors":
+        if looks_like_safetensors(path):
             return cls.of_file(path)
         try:
             text = path.read_text("utf-8")
@@ -225,6 +226,8 @@ def _rule_document(rule: Rule) -> dict[str, Any]:
             document[name] = getattr(rule, name)
     if rule.spec is None:
         return document | {"dense": True}
+    if isinstance(rule.spec, Chain) and len(rule.spec.specs) == 1:
+        return document | _spec_document(rule.spec.specs[0])
     if isinstance(rule.spec, Chain):
         return document | {"chain": [_spec_document(spec) for spec in rule.spec.specs]}
     return document | _spec_document(rule.spec)
@@ -260,7 +263,7 @@ def _from_document(node: Node) -> Recipe:
     return Recipe(
         tuple(_rule(item) for item in fields["rules"].items("write a list of rules")),
         fields["name"].text() if "name" in fields else "",
-        fields["seed"].whole(0) if "seed" in fields else None,
+        fields["seed"].whole(0, 2**32 - 1) if "seed" in fields else None,
     )
 
 

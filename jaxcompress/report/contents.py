@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxcompress.checkpoint.file import StoredLeaf, read_recipe, stored_leaves
-from jaxcompress.checkpoint.sources import open_source
+from jaxcompress.checkpoint.sources import Source, open_source
 from jaxcompress.compress import nbytes
+from jaxcompress.recipes.recipe import Recipe
 from jaxcompress.rules import flatten
 from jaxcompress.tables import Tabular, size_text
 
@@ -137,7 +138,7 @@ def contents(path: str | os.PathLike[str]) -> Contents:
     """
     source = open_source(path)
     if source.kind == "jaxcompress":
-        leaves = stored_leaves(path)
+        leaves = stored_leaves(source.files[0])
     else:
         leaves = [
             StoredLeaf(name, tuple(leaf.shape), leaf.dtype, "dense", size, {"dense": size})
@@ -147,7 +148,8 @@ def contents(path: str | os.PathLike[str]) -> Contents:
         ]
     every = sum(sum(leaf.parts.values()) for leaf in leaves)
     rows = [_row(leaf, every) for leaf in leaves]
-    return Contents(str(path), source.kind, rows, _on_disk(Path(path)), _recipe(source.kind, path))
+    total = sum(map(_on_disk, source.files))
+    return Contents(str(path), source.kind, rows, total, _recipe(source))
 
 
 def _row(leaf: StoredLeaf, every: int) -> dict[str, Any]:
@@ -165,12 +167,10 @@ def _row(leaf: StoredLeaf, every: int) -> dict[str, Any]:
     }
 
 
-def _recipe(kind: str, path: str | os.PathLike[str]) -> str | None:
-    from jaxcompress.recipes.recipe import Recipe
-
-    if kind != "jaxcompress" or read_recipe(path) is None:
+def _recipe(source: Source) -> str | None:
+    if source.kind != "jaxcompress" or read_recipe(source.files[0]) is None:
         return None
-    return Recipe.of_file(path).name or "without a name"
+    return Recipe.of_file(source.files[0]).name or "without a name"
 
 
 def _on_disk(path: Path) -> int:

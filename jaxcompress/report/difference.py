@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +69,8 @@ class Difference(Tabular):
 def diff(first: Any, second: Any, *, done: Callable[[str], None] = lambda path: None) -> Difference:
     """Compares two trees by path, each leaf as the dense array it stands for.
 
+    Numbers count as arrays of no axes; texts are alike or infinitely apart.
+
     `relative` is `||a - b|| / ||a||`, `cosine` is `<a, b> / (||a|| ||b||)`, `max` is
     `max |a - b|`; sums are taken in float64. A relative error is 0 where both are zero everywhere
     and infinite where only a is; a cosine is 1 then, and 0.
@@ -82,7 +84,7 @@ def diff(first: Any, second: Any, *, done: Callable[[str], None] = lambda path: 
       A `Difference`, to print or to read row by row.
 
     Raises:
-      CompressError: when two leaves of one path differ in shape.
+      CompressError: when two leaves of one path differ in shape, or a tree has two of one path.
 
     Example:
       >>> import jax.numpy as jnp, jaxcompress as jc
@@ -90,26 +92,38 @@ def diff(first: Any, second: Any, *, done: Callable[[str], None] = lambda path: 
       >>> jc.diff({"w": w}, {"w": w.at[0, 1].set(4.5)}).relative
       0.1
     """
-    ours, theirs = _arrays(first), _arrays(second)
+    ours, theirs = _by_path(first), _by_path(second)
     rows = []
     for path in ours:
         if path not in theirs:
             continue
         a, b = ours[path], theirs[path]
-        if tuple(a.shape) != tuple(b.shape):
+        if np.shape(a) != np.shape(b):
             raise CompressError(
-                f"{path}: shape {tuple(a.shape)} in the first, {tuple(b.shape)} in the second; "
+                f"{path}: shape {np.shape(a)} in the first, {np.shape(b)} in the second; "
                 "transpose or select before comparing"
             )
-        rows.append({"path": path, "shape": tuple(a.shape), **_measures(_dense(a), _dense(b))})
+        rows.append({"path": path, "shape": tuple(np.shape(a)), **_compare(a, b)})
         done(path)
     return Difference(
         rows, [p for p in ours if p not in theirs], [p for p in theirs if p not in ours]
     )
 
 
-def _arrays(tree: Any) -> dict[str, Any]:
-    return {path: leaf for path, leaf in flatten(tree)[0] if hasattr(leaf, "dtype")}
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = flatten(tree)[0]
+    out = dict(leaves)
+    if len(out) < len(leaves):
+        raise CompressError("two leaves of a tree have one path, such as {'a/b': x, 'a': {'b': y}}")
+    return out
+
+
+def _compare(a: Any, b: Any) -> dict[str, float]:
+    if isinstance(a, str) or isinstance(b, str):
+        same = a == b
+        gap = 0.0 if same else math.inf
+        return {"relative": gap, "cosine": float(same), "max": gap}
+    return _measures(_dense(a), _dense(b))
 
 
 def _dense(leaf: Any) -> np.ndarray:
@@ -117,19 +131,33 @@ def _dense(leaf: Any) -> np.ndarray:
     return np.asarray(materialize(loaded)).reshape(-1)
 
 
-def _pieces(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    wide = np.complex128 if "c" in a.dtype.kind + b.dtype.kind else np.float64
-    for start in range(0, a.size, _PIECE):
-        yield a[start : start + _PIECE].astype(wide), b[start : start + _PIECE].astype(wide)
+def _wide(x: np.ndarray, kind: str) -> np.ndarray:
+    return x.astype(np.complex128 if "c" in kind else np.float64)
+
+
+def _gap(x: np.ndarray, y: np.ndarray, kind: str) -> np.ndarray:
+    """`|x - y|`, exactly where both are integers of one dtype, whose span may be 64 bits."""
+    if x.dtype == y.dtype and x.dtype.kind in "iu":
+        larger, smaller = np.maximum(x, y).astype(np.uint64), np.minimum(x, y).astype(np.uint64)
+        return (larger - smaller).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.abs(_wide(x, kind) - _wide(y, kind))
 
 
 def _measures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    kind = a.dtype.kind + b.dtype.kind
+    pieces = [slice(start, start + _PIECE) for start in range(0, a.size, _PIECE)]
+    # In units of about the greatest magnitude, so that no square overflows or vanishes.
+    tops = [np.max(np.abs(_wide(x[p], kind))) for x in (a, b) for p in pieces]
+    top = float(np.max(tops, initial=0.0))
+    # A power of two, which rounds nothing.
+    unit = math.ldexp(1.0, math.frexp(top)[1] - 1) if 0 < top < math.inf else 1.0
     error = first = second = inner = most = 0.0
-    for x, y in _pieces(a, b):
-        gap = np.abs(x - y)
-        error += float(np.sum(gap * gap))
-        first += float(np.sum(np.abs(x) ** 2))
-        second += float(np.sum(np.abs(y) ** 2))
+    for p in pieces:
+        x, y, gap = _wide(a[p], kind) / unit, _wide(b[p], kind) / unit, _gap(a[p], b[p], kind)
+        error += float(np.sum(np.square(gap / unit)))
+        first += float(np.sum(np.square(np.abs(x))))
+        second += float(np.sum(np.square(np.abs(y))))
         inner += float(np.real(np.vdot(x, y)))
         most = float(np.maximum(most, np.max(gap)))  # a NaN stays one
     if first:

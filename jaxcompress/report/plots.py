@@ -48,7 +48,10 @@ def draw_contents(found: Contents, out: str | os.PathLike[str]) -> None:
     image = _draw_distributions(right, shown, dict(flatten(open_params(found.path))[0]))
     figure.colorbar(image, ax=right, label="log10 of the share of weights")
     figure.suptitle(f"{os.path.basename(found.path)}: {found.total / 1e6:.2f} MB")
-    figure.savefig(out, dpi=120)
+    try:
+        figure.savefig(out, dpi=120)
+    except ValueError as error:  # matplotlib lists the suffixes that it knows
+        raise CompressError(f"{os.fspath(out)}: {error}") from error
 
 
 def _draw_bytes(axes: Axes, shown: list[dict[str, Any]], rest: list[dict[str, Any]]) -> None:

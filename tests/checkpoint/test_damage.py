@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 
 import jaxcompress as jc
+from jaxcompress.checkpoint.streams import decode_array
 
 
 def small_tree(zeros=40):
@@ -165,6 +166,31 @@ def test_damage_under_a_right_checksum_is_told(tmp_path, change, text):
     resealed(tmp_path / "x", tmp_path / "y", changed)
     with pytest.raises(jc.FileError, match=text):
         jc.load(tmp_path / "y")
+
+
+def test_a_node_that_says_more_or_says_two_things_is_refused(tmp_path):
+    jc.save(tmp_path / "x", small_tree(), coded=True)
+
+    def more(header, ours, data):
+        node_of(ours, "zeros")["x"] = 1
+        return data
+
+    def other(header, ours, data):
+        ours["tree"]["dict"].append(["twin", {**node_of(ours, "zeros"), "shape": [1600]}])
+        return data
+
+    for change, text in ((more, "what is not known"), (other, "two things of tensor 'zeros'")):
+        resealed(tmp_path / "x", tmp_path / "y", change)
+        assert text in told(tmp_path / "y")
+
+
+def test_many_rows_of_gaps_in_few_bytes_take_no_time(tmp_path):
+    """A mask of eight million rows of one weight, all of them empty, in half a kilobyte."""
+    n = 8_000_000
+    data = b"\x01" + bytes(4 * -(-n // 8 >> 18))
+    how = {"as": "columns", "width": 1, "size": 1, "bits": 2, "entries": 1}
+    out = decode_array(how, data, (n, 1), np.dtype(np.uint8))
+    assert (out == 3).all()
 
 
 def test_another_tool_that_wrote_the_header_anew_is_told(small, tmp_path):

@@ -1,9 +1,11 @@
 """Files: what is written comes back, whatever is damaged is told, and nothing is lost."""
 
+import collections
 import copy
 import json
 import os
 import struct
+import weakref
 import zlib
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxcompress as jc
+from jaxcompress.checkpoint import container
 
 W = jax.random.normal(jax.random.key(0), (3, 16, 12))
 FORMS = {
@@ -206,6 +209,13 @@ def test_leaves_at_several_places_are_stored_once_and_are_one_again(tmp_path, co
         ({(1, 2): 1.0}, r"key \(1, 2\)"),
         ({"a": np.array([object()])}, "a: arrays of dtype object"),
         ({"a": np.array(["text"])}, "a: arrays of dtype <U4"),
+        ({"a": np.zeros(3, "V1")}, "a: arrays of dtype"),
+        ({"a": np.zeros(3, [("x", "u1")])}, "a: arrays of dtype"),
+        ({"a": 10**5000}, "cannot be written as JSON"),
+        (
+            {"a": jc.CodebookArray(jnp.zeros((2, 2), jnp.uint8), 2.0, -1)},
+            "a.centroids is 2.0; a child",
+        ),
     ],
 )
 def test_what_cannot_be_saved_is_told_and_leaves_the_old_file(bad, text, tmp_path):
@@ -214,6 +224,50 @@ def test_what_cannot_be_saved_is_told_and_leaves_the_old_file(bad, text, tmp_pat
         jc.save(tmp_path / "x", {"ok": jnp.ones(3), **bad})
     same(jc.load(tmp_path / "x"), {"old": jnp.ones(2)})
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_is_nested_too_deeply_is_told(tmp_path):
+    tree = jnp.ones(3)
+    for _ in range(2000):
+        tree = [tree]
+    with pytest.raises(jc.FileError, match="nested too deeply"):
+        jc.save(tmp_path / "x", tree)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_header_that_readers_would_refuse_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(container, "_MOST", 1000)
+    with pytest.raises(jc.FileError, match="readers take 1000"):
+        jc.save(tmp_path / "x", {f"a{i}": jnp.ones(1) for i in range(50)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("order", ["given", "reversed", "tied"])
+def test_reading_ahead_holds_two_leaves_whatever_the_order(tmp_path, order):
+    jc.save(tmp_path / "x", {f"l{i:02}": np.full(500, i, np.float32) for i in range(30)})
+    lazy = jc.load(tmp_path / "x", lazy=True)
+    if order == "reversed":
+        lazy = collections.OrderedDict(reversed(lazy.items()))
+    if order == "tied":
+        lazy = {"a": lazy["l29"], **lazy, "z": lazy["l00"]}
+    loads, alive, most = [], set(), [0]
+    load = jc.LazyArray.load
+
+    def counted(self):
+        array = np.array(load(self))
+        key = len(loads)
+        loads.append(key)
+        alive.add(key)
+        weakref.finalize(array, alive.discard, key)
+        most[0] = max(most[0], len(alive))
+        return array
+
+    for leaf in set(lazy.values()):
+        leaf.load = counted.__get__(leaf)
+    jc.save(tmp_path / "y", lazy)
+    assert len(loads) == 30
+    assert most[0] <= 4  # one is written, one is coded, one was read ahead, and one comes
+    same(jc.load(tmp_path / "y")["l29"], np.full(500, 29, np.float32))
 
 
 def test_metadata_are_strings_and_not_ours(tmp_path):

@@ -191,6 +191,28 @@ def test_a_torch_checkpoint_is_refused(tmp_path):
         jc.open_params(tmp_path / "old.pt")
 
 
+def test_any_byte_of_an_npz_that_is_changed_is_told_or_harmless(tmp_path):
+    """Zip has a checksum of each array, none of what is around it."""
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", w=np.arange(40.0))
+        whole = (tmp_path / "x.npz").read_bytes()
+        for place in range(len(whole)):
+            flipped = bytearray(whole)
+            flipped[place] ^= 0x55
+            (tmp_path / "x.npz").write_bytes(flipped)
+            try:
+                jc.decompress(jc.open_params(tmp_path / "x.npz"))
+            except jc.FileError:
+                continue
+
+
+def test_an_index_of_our_own_files_is_refused(tmp_path):
+    folder = sharded(tmp_path / "model")
+    jc.save(folder / "model-1-of-2.safetensors", flat("."), coded=True)
+    with pytest.raises(jc.FileError, match="is a file of jaxcompress; open it by itself"):
+        jc.open_params(folder)
+
+
 @pytest.mark.parametrize("cut", [10, 100, -30, -1])
 def test_npz_files_that_were_cut(tmp_path, cut):
     np.savez(tmp_path / "x.npz", w=np.ones(100))

@@ -170,6 +170,120 @@ def test_json_has_no_numbers_that_json_has_not(capsys, tmp_path):
     assert row["max"] is None
 
 
+def test_the_input_is_never_written_over(capsys, source, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, some in (("a", list(TENSORS)[:2]), ("b", list(TENSORS)[2:])):
+        safetensors.numpy.save_file({n: TENSORS[n] for n in some}, folder / f"{name}.safetensors")
+    weight_map = {n: f"{'a' if i < 2 else 'b'}.safetensors" for i, n in enumerate(TENSORS)}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for given, out in ((folder, folder / "a.safetensors"), (index, folder / "b.safetensors"),
+                       (index, index), (folder, folder / "new.safetensors")):  # fmt: skip
+        told = run(capsys, "compress", given, out, "-r", "int8", code=1).err
+        assert "is the input" in told
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    os.link(source, tmp_path / "other-name")
+    assert (
+        "is the input"
+        in run(capsys, "compress", source, tmp_path / "other-name", "-r", "int8", code=1).err
+    )
+
+
+def test_only_files_are_replaced_and_links_are_followed(capsys, source, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert (
+        "no regular file"
+        in run(capsys, "compress", source, tmp_path / "pipe", "-r", "int8", code=1).err
+    )
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    run(capsys, "compress", source, tmp_path / "link", "-r", "int8")
+    assert (tmp_path / "link").is_symlink()
+    assert jc.load(tmp_path / "there" / "file") is not None
+
+
+@pytest.mark.parametrize("name", ["small.bin", "small.npz", "small.msgpack", "small.pt", "small"])
+def test_what_a_file_is_does_not_depend_on_its_name(capsys, source, tmp_path, name):
+    run(capsys, "compress", source, tmp_path / name, "-r", "int8")
+    assert "recipe int8" in run(capsys, "inspect", tmp_path / name)
+    assert run(capsys, "recipe", "show", tmp_path / name) == run(capsys, "recipe", "show", "int8")
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / name, tmp_path / "folder" / "x.safetensors")
+    assert "recipe int8" in run(capsys, "inspect", tmp_path / "folder")
+
+
+def test_a_dry_run_fails_where_the_run_would(capsys, source, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "rules: [{match: '**/weight', min_ndim: 2, chain: [{quantize: int8}, {prune: 0.5}]}]"
+    )
+    for options in (["--dry-run"], []):
+        told = run(capsys, "compress", source, tmp_path / "x", "-r", recipe, *options, code=1).err
+        assert "cannot follow in a chain" in told
+    run(capsys, "compress", source, tmp_path / "small", "-r", "int8")
+    told = run(
+        capsys,
+        "compress",
+        tmp_path / "small",
+        tmp_path / "x",
+        "-r",
+        "int4-g64",
+        "--dry-run",
+        code=1,
+    )
+    assert "cannot follow in a chain" in told.err
+    recipe.write_text("rules: [{match: '**/weight', min_ndim: 2, low_rank: {energy: 0.9}}]")
+    assert "of 3 of 5 leaves" in run(
+        capsys, "compress", source, tmp_path / "x", "-r", recipe, "--dry-run"
+    )
+
+
+def test_names_that_are_no_tree_come_back(capsys, tmp_path):
+    tensors = {"a": W, "a/b": W, "c.d": W}
+    safetensors.numpy.save_file(tensors, tmp_path / "in.safetensors")
+    run(capsys, "compress", tmp_path / "in.safetensors", tmp_path / "x", "-r", "lossless")
+    run(capsys, "decompress", tmp_path / "x", tmp_path / "y.safetensors")
+    assert set(safetensors.numpy.load_file(tmp_path / "y.safetensors")) == set(tensors)
+    deep = {"a." * 3000 + "x": W}
+    safetensors.numpy.save_file(deep, tmp_path / "deep.safetensors")
+    run(capsys, "inspect", tmp_path / "deep.safetensors")
+
+
+def test_eight_bit_floats_go_out_as_such(capsys, tmp_path):
+    jc.save(
+        tmp_path / "x", {"a": jnp.arange(4).astype(jnp.float8_e4m3fn), "b": jnp.ones(3, jnp.int4)}
+    )
+    assert "int4, which safetensors does not hold" in run(
+        capsys, "decompress", tmp_path / "x", tmp_path / "y.safetensors", code=1).err  # fmt: skip
+    run(capsys, "decompress", tmp_path / "x", tmp_path / "y.msgpack")
+    jc.save(tmp_path / "x", {"a": jnp.arange(4).astype(jnp.float8_e4m3fn)})
+    run(capsys, "decompress", tmp_path / "x", tmp_path / "y.safetensors")
+    assert jc.open_params(tmp_path / "y.safetensors")["a"].load().dtype == jnp.float8_e4m3fn
+
+
+def test_trees_that_are_none_and_pictures_of_no_kind(capsys, source, tmp_path):
+    jc.save(tmp_path / "x", {1: jnp.ones(3), "a": jnp.ones(3)})
+    for args in (
+        ["compress", "{x}", "{x}2", "-r", "lossless"],
+        ["decompress", "{x}", "{x}.npz"],
+        ["diff", "{x}", "{x}"],
+    ):
+        args = [a.format(x=tmp_path / "x") for a in args]
+        assert "Keys of one dict are all texts" in run(capsys, *args, code=1).err
+    assert "foo" in run(capsys, "inspect", source, "--png", tmp_path / "x.foo", code=1).err
+
+
+def test_letters_that_the_terminal_has_not(tmp_path):
+    safetensors.numpy.save_file({"größe.weight": W}, tmp_path / "in.safetensors")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "jaxcompress", "inspect", tmp_path / "in.safetensors"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "gr\\xf6\\xdfe" in done.stdout
+
+
 def test_recipes(capsys, source, tmp_path):
     assert run(capsys, "recipe", "show").split()[:2] == ["lossless", "int8"]
     text = run(capsys, "recipe", "show", "int4-g64")

@@ -42,10 +42,13 @@ RULES = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=200, derandomize=True, database=None)
+@settings(deadline=None, max_examples=100, derandomize=True, database=None)
 @given(
     st.builds(
-        jc.Recipe, st.lists(RULES, max_size=4).map(tuple), st.text(), st.none() | st.integers(0)
+        jc.Recipe,
+        st.lists(RULES, max_size=4).map(tuple),
+        st.text(),
+        st.none() | st.integers(0, 2**32 - 1),
     )
 )
 def test_yaml_is_the_recipe(recipe):
@@ -164,6 +167,8 @@ def test_lossless_changes_nothing():
         ("name: x", "write the key 'rules'"),
         ("version: 2\nrules: []", "line 1, key 'version': a recipe of a newer version"),
         ("seed: -1\nrules: []", "key 'seed': write a whole number of at least 0"),
+        ("seed: 99999999999999999999\nrules: []", "key 'seed': write a whole number of at most"),
+        ("rules:\n- {match: '**', prune: {sparsity: 0.5, pattern: 2:4}}", "key 'pattern': .*in quotes"),
         ("rules: [", "recipe, line 1: no YAML"),
         ("a: b: c", "line 1: no YAML"),
         ("rules: []\n---\nrules: []", "no YAML: but found another document"),
@@ -242,6 +247,33 @@ def test_where_recipes_are_read_from(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(jc.RecipeError, match="no text and so no YAML"):
         jc.Recipe.read(tmp_path / "r.yaml")
+
+
+def test_a_chain_of_one_is_its_spec():
+    from jaxcompress.specs import Chain
+
+    text = jc.Recipe.of({"**": Chain((jc.Quantize("int8"),))}).to_yaml()
+    assert jc.Recipe.from_yaml(text).rules[0].spec == jc.Quantize("int8")
+
+
+@pytest.mark.parametrize(
+    "path", ["layers/attn_norm", "layers/ln1/weight", "bn/mean", "norm", "a/scale"]
+)
+def test_presets_leave_norms_dense_whatever_holds_them(path):
+    (hit,) = jc.Recipe.preset("int4-g64").match(
+        [(path, jnp.ones((24, 128))), ("w", jnp.ones((64, 64)))]
+    )[:1]
+    assert hit[1] is None
+
+
+@pytest.mark.parametrize(
+    "path", ["embeddings/position_embeddings", "posembed/pos_embedding", "wpe/weight"]
+)
+def test_presets_keep_positions_at_eight_bits(path):
+    hit, _ = jc.Recipe.preset("int4-g64").match(
+        [(path, jnp.ones((24, 128))), ("w", jnp.ones((64, 64)))]
+    )
+    assert hit[1].format == "int8"
 
 
 def test_a_spec_without_a_name_cannot_be_written():

@@ -149,6 +149,28 @@ def test_differences_of_odd_leaves():
         jc.diff({"x": one}, {"x": big})
 
 
+def test_differences_at_the_edges_of_float64():
+    one = lambda a, b: jc.diff({"x": np.array(a)}, {"x": np.array(b)}).rows[0]
+    for scale in (1e200, 1e-200, 5e-324):
+        assert one([scale], [2 * scale])["relative"] == 1.0
+        assert one([scale], [-scale])["cosine"] == -1.0
+    assert one([2**63 - 1], [2**63 - 2])["max"] == 1.0
+    assert one([-(2**63)], [2**63 - 1])["max"] == 2.0**64
+    assert one([1.0], [np.inf])["max"] == np.inf
+
+
+def test_differences_of_plain_values_and_of_paths_that_read_alike():
+    values = {"n": 1.0, "on": True, "name": "x"}
+    assert jc.diff(values, dict(values)).relative == 0
+    rows = {
+        r["path"]: r["relative"] for r in jc.diff(values, {"n": 2.0, "on": False, "name": "y"}).rows
+    }
+    assert rows == {"n": 1.0, "on": 1.0, "name": math.inf}
+    twice = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
+    with pytest.raises(jc.CompressError, match="have one path"):
+        jc.diff(twice, twice)
+
+
 def test_differences_of_compressed_and_lazy_and_missing_leaves(tmp_path):
     jc.save(tmp_path / "x", jc.compress(TREE, RULES), coded=True)
     found = jc.diff(TREE, jc.load(tmp_path / "x", lazy=True))
