@@ -27,16 +27,10 @@ from jaxcompress.checkpoint.container import (
     parse_json,
     write_container,
 )
+from jaxcompress.checkpoint.decoder import Decoder, damage_told
+from jaxcompress.checkpoint.encoder import Encoder, leaves_in_order
+from jaxcompress.checkpoint.nodes import as_dtype, as_shape, leaf_nodes, named_arrays
 from jaxcompress.checkpoint.streams import decode_array, encode_array
-from jaxcompress.checkpoint.tree import (
-    Decoder,
-    Encoder,
-    as_dtype,
-    damage_told,
-    leaf_nodes,
-    leaves_in_order,
-    named_arrays,
-)
 from jaxcompress.errors import FileError
 from jaxcompress.lazy import Ahead, LazyArray
 from jaxcompress.progress import progress_bar
@@ -192,10 +186,7 @@ class _File:
         if tensor is None:
             raise FileError(f"{self.path}: the header names a tensor {name!r} that is not there")
         if "coded" in node:
-            shape = tuple(node["shape"])
-            if not all(isinstance(n, int) and n >= 0 for n in shape):
-                raise FileError(f"the header names an impossible shape {list(shape)}")
-            return shape, as_dtype(node["dtype"])
+            return as_shape(node["shape"]), as_dtype(node["dtype"])
         if tensor.code not in DTYPES:
             raise FileError(f"{self.path}: tensor {name!r} has the unknown dtype {tensor.code!r}")
         stored = jnp.dtype(DTYPES[tensor.code])

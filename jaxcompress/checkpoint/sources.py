@@ -23,8 +23,8 @@ from jaxcompress.checkpoint.container import (
     parse_json,
     refuse_pickle,
 )
+from jaxcompress.checkpoint.decoder import as_array
 from jaxcompress.checkpoint.file import is_ours, load
-from jaxcompress.checkpoint.tree import as_array
 from jaxcompress.errors import FileError
 from jaxcompress.lazy import LazyArray
 
