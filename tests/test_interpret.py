@@ -305,7 +305,9 @@ RULES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(
+    "rules", ["int8", "low rank", pytest.param("mixed", marks=pytest.mark.slow)]
+)
 def test_linen_model_with_everything(rules):
     model, ids = Model(), jnp.arange(10).reshape(2, 5)
     variables = model.init(jax.random.key(0), ids)

@@ -54,6 +54,7 @@ def digits():
     return _mnist.Digits(wide(images), labels, wide(test_images), test_labels)
 
 
+@pytest.mark.slow
 def test_lenet_stage_by_stage(digits, tmp_path):
     console = Console(record=True, width=120)
     rows = lenet.compare(digits, tmp_path, console, epochs=8, sparsity=0.9, bits=4, seed=0)

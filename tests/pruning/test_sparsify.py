@@ -88,6 +88,7 @@ schedules = st.one_of(
 
 @settings(max_examples=5, deadline=None)
 @given(schedules, st.integers(0, 2**31 - 1))
+@pytest.mark.slow
 def test_exact_nonzeros_at_each_of_ten_thousand_random_steps(schedule, seed):
     steps = 2000  # in each of five examples
     tx = jc.sparsify(optax.sgd(0.01), magnitude(), schedule, RULES)
