@@ -110,7 +110,7 @@ def test_inspect(capsys, source, tmp_path):
     run(capsys, "compress", source, small, "-r", "int4-g32")
     text = run(capsys, "inspect", small, "--png", png)
     assert "encoder/layer/0/dense/weight" in text
-    assert "recipe int4-g32" in text
+    assert "recipe int4-g32" in " ".join(text.split())  # a long path wraps the title
     assert png.stat().st_size > 1000
     assert "embeddings" in run(capsys, "inspect", small, "--tree")
     found = json.loads(run(capsys, "inspect", small, "--json"))
@@ -207,11 +207,11 @@ def test_only_files_are_replaced_and_links_are_followed(capsys, source, tmp_path
 @pytest.mark.parametrize("name", ["small.bin", "small.npz", "small.msgpack", "small.pt", "small"])
 def test_what_a_file_is_does_not_depend_on_its_name(capsys, source, tmp_path, name):
     run(capsys, "compress", source, tmp_path / name, "-r", "int8")
-    assert "recipe int8" in run(capsys, "inspect", tmp_path / name)
+    assert "recipe int8" in " ".join(run(capsys, "inspect", tmp_path / name).split())
     assert run(capsys, "recipe", "show", tmp_path / name) == run(capsys, "recipe", "show", "int8")
     (tmp_path / "folder").mkdir()
     shutil.copy(tmp_path / name, tmp_path / "folder" / "x.safetensors")
-    assert "recipe int8" in run(capsys, "inspect", tmp_path / "folder")
+    assert "recipe int8" in " ".join(run(capsys, "inspect", tmp_path / "folder").split())
 
 
 def test_a_dry_run_fails_where_the_run_would(capsys, source, tmp_path):
