@@ -14,6 +14,7 @@ import numpy as np
 from jaxcompress.checkpoint.file import StoredLeaf, read_recipe, stored_leaves
 from jaxcompress.checkpoint.sources import Source, open_source
 from jaxcompress.compress import nbytes
+from jaxcompress.errors import RecipeError
 from jaxcompress.recipes.recipe import Recipe
 from jaxcompress.rules import flatten
 from jaxcompress.tables import Tabular, size_text
@@ -168,9 +169,13 @@ def _row(leaf: StoredLeaf, every: int) -> dict[str, Any]:
 
 
 def _recipe(source: Source) -> str | None:
-    if source.kind != "jaxcompress" or read_recipe(source.files[0]) is None:
+    text = read_recipe(source.files[0]) if source.kind == "jaxcompress" else None
+    if text is None:
         return None
-    return Recipe.of_file(source.files[0]).name or "without a name"
+    try:
+        return Recipe.from_yaml(text).name or "without a name"
+    except RecipeError:  # as for leaves: what is not imported here can still be listed
+        return "of specs that are not registered here"
 
 
 def _on_disk(path: Path) -> int:

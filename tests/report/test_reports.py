@@ -83,6 +83,16 @@ def test_contents_of_other_files(tmp_path):
     assert jc.contents(tmp_path).total == (tmp_path / "x.safetensors").stat().st_size
 
 
+def test_a_recipe_of_specs_from_elsewhere_does_not_hide_the_leaves(tmp_path, monkeypatch):
+    recipe = jc.Recipe.of({"w": jc.Quantize("int8")}, "mine")
+    text = recipe.to_yaml().replace("quantize", "elsewhere.quantize")
+    monkeypatch.setattr(jc.Recipe, "to_yaml", lambda self: text)
+    jc.save(tmp_path / "x", {"w": W}, recipe=recipe)
+    found = jc.contents(tmp_path / "x")
+    assert [row["path"] for row in found.rows] == ["w"]
+    assert found.recipe == "of specs that are not registered here"
+
+
 def test_the_tree_sums_up_its_branches(tmp_path):
     jc.save(tmp_path / "x", {"a[b]": {"c": np.ones(100, np.float32), "d": np.ones(25, np.float32)}})
     text = text_of(jc.contents(tmp_path / "x").tree())
