@@ -12,10 +12,13 @@ import numpy as np
 
 from jaxcompress.arrays.base import CompressedArray, is_compressed, materialize
 from jaxcompress.errors import RuleError, SpecError
+from jaxcompress.input_stats import InputStats
 from jaxcompress.lazy import LazyArray
 from jaxcompress.progress import progress_bar
 from jaxcompress.rules import KernelAxes, RuleSet, check_axes, default_axes, flatten, match
 from jaxcompress.specs import LeafContext, Spec
+
+Stats = Mapping[str, Mapping[tuple[int, ...], InputStats]]
 
 
 def compress(
@@ -27,6 +30,7 @@ def compress(
     progress: bool = False,
     axes: Mapping[str, KernelAxes] | None = None,
     lazy: bool = False,
+    stats: Stats | None = None,
 ) -> Any:
     """Compresses the leaves of a parameter tree by rules.
 
@@ -48,14 +52,16 @@ def compress(
       lazy: compress each leaf when it is loaded, and each time anew: with lazy leaves of a file in
         and `save` at the other end, a model larger than memory is compressed leaf by leaf. Until
         then a leaf counts as many bytes as it had; nothing is donated.
+      stats: statistics of inputs from `observe`, for specs that look at them; a spec is given
+        those of its leaf's input axes.
 
     Returns:
       The same tree, the matched leaves compressed. A leaf that occurs at several places, under one
       spec, is compressed once.
 
     Raises:
-      RuleError: for a rule that matches nothing, or matches integers, and for `axes` that name no
-        leaf or do not fit it.
+      RuleError: for a rule that matches nothing, or matches integers, and for `axes` or `stats`
+        that name no leaf or do not fit it.
       SpecError: where a spec does not fit its leaf, or the leaf is empty or not finite; the message
         names the leaf. The input is left as it was, unless donated leaves are gone already.
 
@@ -68,6 +74,7 @@ def compress(
     """
     leaves, structure = flatten(params)
     hits = plan_rules(leaves, rules, axes or {})
+    _check_stats(stats or {}, leaves)
     key = rules.key() if key is None and isinstance(rules, RuleSet) else key
     todo = sum(hit is not None for hit in hits)
     uses = collections.Counter(id(leaf) for _, leaf in leaves)  # a tied leaf must outlive its first
@@ -83,7 +90,7 @@ def compress(
             tie = (id(leaf), hit.spec, hit.axes) if uses[id(leaf)] > 1 else None
             small = tied.get(tie)
             if small is None:
-                context, spare = hit.context(key, index), donate and tie is None
+                context, spare = hit.context(key, index, stats), donate and tie is None
                 one = _lazily if lazy else _compress_leaf
                 small = one(leaf, hit.spec, context, spare)
                 if tie is not None:
@@ -109,10 +116,11 @@ class Hit(NamedTuple):
     spec: Spec
     axes: KernelAxes
 
-    def context(self, key: jax.Array | None, index: int) -> LeafContext:
+    def context(self, key: jax.Array | None, index: int, stats: Stats | None = None) -> LeafContext:
         """What the spec is told; `index` is the number of the leaf in its tree."""
         leaf_key = None if key is None else jax.random.fold_in(key, index)
-        return LeafContext(self.path, self.axes, leaf_key)
+        mine = (stats or {}).get(self.path, {}).get(tuple(self.axes.input))
+        return LeafContext(self.path, self.axes, leaf_key, mine)
 
 
 def plan_rules(
@@ -135,6 +143,16 @@ def plan_rules(
         where = axes.get(path, default_axes(path, len(leaf.shape)))
         hits.append(Hit(path, *hit, where))
     return hits
+
+
+def _check_stats(stats: Stats, leaves: Sequence[tuple[str, Any]]) -> None:
+    paths = {path for path, _ in leaves}
+    for path in stats:
+        if path not in paths:
+            raise RuleError(
+                f"stats are of {path!r}, which is no leaf of the tree; observe the function on the "
+                "same tree that is compressed"
+            )
 
 
 def _lazily(leaf: Any, spec: Spec, context: LeafContext, donate: bool) -> LazyArray:

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxcompress.arrays.base import CompressedArray, is_compressed
 from jaxcompress.errors import CompressError, SpecError
+from jaxcompress.input_stats import InputStats
 from jaxcompress.rules import KernelAxes, default_axes
 
 
@@ -25,11 +26,13 @@ class LeafContext:
       path: the leaf's path, for messages.
       axes: its input and output axes.
       key: a random key, or None.
+      stats: statistics of the inputs that meet the leaf on its input axes, or None.
     """
 
     path: str
     axes: KernelAxes
     key: jax.Array | None = None
+    stats: InputStats | None = None
 
 
 class Plan:

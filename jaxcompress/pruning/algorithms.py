@@ -7,10 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxcompress.errors import SpecError
-from jaxcompress.pruning.allocation import allocation
-
-SCOPES = ("local", "global")
+from jaxcompress.pruning.choice import check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,21 +18,14 @@ class Algorithm:
 
     Attributes:
       scope: `local` compares within each weight, `global` among all that the rules name.
-      allocation: how a local budget is divided, `uniform` or `erk`.
+      allocation: how a local budget is divided, `uniform`, `erk` or `lamp`.
     """
 
     scope: str
     allocation: str
 
     def __post_init__(self) -> None:
-        allocation(self.allocation)
-        if self.scope not in SCOPES:
-            raise SpecError(f"scope={self.scope!r}: write one of {', '.join(SCOPES)}")
-        if self.scope == "global" and self.allocation != "uniform":
-            raise SpecError(
-                f"allocation={self.allocation!r} divides a budget among leaves, which "
-                "scope='global' does by itself: leave one of them out"
-            )
+        check_choice(self.scope, self.allocation)
 
     def scores(self, params: Sequence[jax.Array]) -> list[jax.Array]:
         """A score for each weight of each leaf; its magnitude counts."""
@@ -56,7 +46,8 @@ def magnitude(*, scope: str = "local", allocation: str = "uniform") -> Algorithm
         `global` compares all weights that the rules name, so that leaves of small weights become
         sparser than others.
       allocation: of a local budget: `uniform`, the same sparsity for each leaf, or `erk`, by
-        which small kernels are pruned less (see `erk`).
+        which small kernels are pruned less (see `erk`), or `lamp`, one threshold on magnitudes
+        relative to all larger ones of a weight (it sorts each leaf).
 
     Raises:
       SpecError: for another scope or allocation, or a global one with an allocation.

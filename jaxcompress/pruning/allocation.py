@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
+
 from jaxcompress.errors import SpecError
+from jaxcompress.numerics import unit_scale
 from jaxcompress.pruning.select import kept_count
 
 Shape = tuple[int, ...]
@@ -60,18 +64,56 @@ def erk(shapes: Sequence[Shape], sparsity: float) -> list[int]:
     return counts
 
 
+def lamp(scores: jax.Array, signed: bool = False) -> jax.Array:
+    """Layer-adaptive magnitudes: scores of one weight that compare between weights.
+
+    `lamp_u = s_u**2 / sum_{v: s_v >= s_u} s_v**2`, so that the largest of each weight has 1 and
+    no weight is removed as a whole. Within a weight the order is that of the scores.
+
+    Args:
+      scores: of one weight; magnitudes count, unless `signed`: then those below zero give
+        minus infinity.
+      signed: rank by value rather than by magnitude.
+
+    Returns:
+      float32 in the shape of the scores.
+
+    References:
+      Lee et al., *Layer-Adaptive Sparsity for the Magnitude-Based Pruning*, 2021.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [round(float(x), 4) for x in lamp(jnp.array([1.0, -2.0, 3.0]))]
+      [0.0714, 0.3077, 1.0]
+    """
+    if not scores.size:
+        return scores.astype(jnp.float32)
+    x = scores.astype(jnp.float32).reshape(-1)
+    magnitude = jnp.maximum(x, 0) if signed else jnp.abs(x)
+    magnitude = magnitude * unit_scale(jnp.max(magnitude))[1]
+    # Ties by the lowest index: of equals it comes last, and so has the largest share.
+    order = jnp.argsort(magnitude[::-1], stable=True)
+    squares = jnp.square(magnitude[::-1][order])
+    above = jnp.cumsum(squares[::-1])[::-1]
+    share = jnp.where(above > 0, squares / jnp.where(above > 0, above, 1), 0)
+    out = jnp.zeros_like(share).at[order].set(share)[::-1]
+    if signed:
+        out = jnp.where(x < 0, -jnp.inf, out)
+    return out.reshape(scores.shape)
+
+
 ALLOCATIONS: dict[str, Callable[[Sequence[Shape], float], list[int]]] = {
     "uniform": uniform,
     "erk": erk,
 }
+_NAMES = (*ALLOCATIONS, "lamp")
 
 
-def allocation(name: str) -> Callable[[Sequence[Shape], float], list[int]]:
-    """The allocation of a name.
+def check_allocation(name: str) -> None:
+    """Refuses a name that is none of `uniform`, `erk` and `lamp`.
 
     Raises:
-      SpecError: for any other name.
+      SpecError: naming them.
     """
-    if name not in ALLOCATIONS:
-        raise SpecError(f"allocation={name!r}: write one of {', '.join(ALLOCATIONS)}")
-    return ALLOCATIONS[name]
+    if name not in _NAMES:
+        raise SpecError(f"allocation={name!r}: write one of {', '.join(_NAMES)}")

@@ -50,6 +50,14 @@ def order_bits(scores: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(magnitude, jnp.uint32)
 
 
+def signed_order_bits(scores: jax.Array) -> jax.Array:
+    """Floats as uint32 keys in the same order, the negative ones first, NaN above infinity."""
+    bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(2**31)
+    keys = jnp.where(bits >= sign, ~bits, bits | sign)
+    return jnp.where(jnp.isnan(scores), jnp.uint32(2**32 - 2), keys)
+
+
 def kth_largest(scores: jax.Array, k: int | jax.Array) -> jax.Array:
     """The k-th largest magnitude, exactly, without a sort.
 
@@ -65,19 +73,20 @@ def kth_largest(scores: jax.Array, k: int | jax.Array) -> jax.Array:
       >>> float(kth_largest(jnp.array([1.0, -3.0, 2.0, 2.0]), 3))
       2.0
     """
-    threshold, _ = _threshold([scores], jnp.asarray(k).astype(jnp.uint32))
+    threshold, _ = _threshold([scores], jnp.asarray(k).astype(jnp.uint32), order_bits)
     keys = order_bits(scores)
     reached = jnp.min(jnp.where(keys >= threshold, keys, jnp.uint32(2**32 - 1)))
     return lax.bitcast_convert_type(reached, jnp.float32)
 
 
-def top_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
+def top_mask(scores: jax.Array, k: int | jax.Array, signed: bool = False) -> jax.Array:
     """A mask of the k largest scores by magnitude, ties broken by the lowest index.
 
     Args:
       scores: floats of any shape; magnitudes count, and NaN counts as larger than infinity, so
         that a broken weight is never silently removed.
       k: how many to keep, `0 <= k <= scores.size`; may be traced.
+      signed: rank by value rather than by magnitude.
 
     Returns:
       Booleans in the shape of `scores`, exactly k of them true.
@@ -87,10 +96,12 @@ def top_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
       >>> top_mask(jnp.array([1.0, -3.0, 2.0, 2.0]), 2).tolist()
       [False, True, True, False]
     """
-    return top_masks([scores], k)[0]
+    return top_masks([scores], k, signed)[0]
 
 
-def top_masks(scores: Sequence[jax.Array], k: int | jax.Array) -> list[jax.Array]:
+def top_masks(
+    scores: Sequence[jax.Array], k: int | jax.Array, signed: bool = False
+) -> list[jax.Array]:
     """Masks of the k largest among all scores of several arrays, as if they were one.
 
     Ties are broken by the lowest index, counted through the arrays in their order.
@@ -98,6 +109,7 @@ def top_masks(scores: Sequence[jax.Array], k: int | jax.Array) -> list[jax.Array
     Args:
       scores: arrays of floats, fewer than 2**32 - 2 values together.
       k: how many to keep in total; may be traced.
+      signed: rank by value rather than by magnitude.
 
     Returns:
       A mask for each array.
@@ -117,12 +129,13 @@ def top_masks(scores: Sequence[jax.Array], k: int | jax.Array) -> list[jax.Array
     if not total:
         return [jnp.zeros(x.shape, bool) for x in scores]
     k = jnp.asarray(k).astype(jnp.uint32)
-    threshold, reached = _threshold(scores, k)
+    order = signed_order_bits if signed else order_bits
+    threshold, reached = _threshold(scores, k, order)
 
     def place(x: jax.Array, start: int, one: jax.Array | int = 1) -> jax.Array:
         """Where a score equals the threshold, its place counted from the end; elsewhere 0."""
         index = _index(x, start, jnp.asarray(one).astype(jnp.uint32))
-        return jnp.where(order_bits(x) == threshold, jnp.uint32(total) - index, jnp.uint32(0))
+        return jnp.where(order(x) == threshold, jnp.uint32(total) - index, jnp.uint32(0))
 
     def count(trial: jax.Array) -> jax.Array:
         return _reaching(trial, scores, lambda i, x, one: place(x, offsets[i], one))
@@ -131,16 +144,20 @@ def top_masks(scores: Sequence[jax.Array], k: int | jax.Array) -> list[jax.Array
     equal = count(jnp.uint32(1))
     ties = equal + k - reached
     last, _ = _search(count, ties, jnp.uint32(1), equal, jnp.uint32(total + 2))
-    return [(order_bits(x) > threshold) | (place(x, n) >= last) for x, n in zip(scores, offsets)]
+    return [(order(x) > threshold) | (place(x, n) >= last) for x, n in zip(scores, offsets)]
 
 
-def _threshold(scores: Sequence[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _threshold(
+    scores: Sequence[jax.Array], k: jax.Array, order: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """A key that at least k scores reach, exactly k if there is such a one, and how many do."""
 
     def count(trial: jax.Array) -> jax.Array:
-        return _reaching(trial, scores, lambda i, x, one: order_bits(x))
+        return _reaching(trial, scores, lambda i, x, one: order(x))
 
     total = jnp.uint32(sum(x.size for x in scores))
+    if order is not order_bits:
+        return _search(count, k, jnp.uint32(0), total, jnp.uint32(2**32 - 1))
     largest = functools.reduce(jnp.maximum, [_largest(x) for x in scores if x.size])
     # A NaN may have any bits above infinity's.
     above = jnp.where(jnp.isnan(largest), jnp.uint32(2**31), order_bits(largest) + 1)
@@ -261,7 +278,9 @@ def _index(like: jax.Array, start: int, one: jax.Array) -> jax.Array:
     return index
 
 
-def n_of_m_mask(scores: jax.Array, n: int | jax.Array, m: int, axis: int) -> jax.Array:
+def n_of_m_mask(
+    scores: jax.Array, n: int | jax.Array, m: int, axis: int, signed: bool = False
+) -> jax.Array:
     """Keeps the n largest of each m consecutive magnitudes along an axis, ties by lowest index.
 
     A last group of fewer than m keeps n of them, or all. n may be traced.
@@ -276,9 +295,13 @@ def n_of_m_mask(scores: jax.Array, n: int | jax.Array, m: int, axis: int) -> jax
     """
     length = scores.shape[axis]
     # Integer keys, because some backends compare subnormal floats as zeros.
-    moved = jnp.moveaxis(order_bits(scores).astype(jnp.int32), axis, -1)
+    keys = order_bits(scores).astype(jnp.int32)
+    if signed:  # uint32 keys in the order of int32, above the padding
+        keys = lax.bitcast_convert_type(signed_order_bits(scores) ^ jnp.uint32(2**31), jnp.int32)
+        keys = jnp.maximum(keys, -(2**31) + 1)
+    moved = jnp.moveaxis(keys, axis, -1)
     padding = [(0, 0)] * (moved.ndim - 1) + [(0, -length % m)]
-    groups = jnp.pad(moved, padding, constant_values=-1)
+    groups = jnp.pad(moved, padding, constant_values=-(2**31))
     groups = groups.reshape(*groups.shape[:-1], groups.shape[-1] // m, m)
     rank = jnp.zeros(groups.shape, jnp.int32)
     place = jnp.arange(m)

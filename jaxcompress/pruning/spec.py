@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import numbers
-import re
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxcompress.arrays.sparse import SparseArray, best_layout, encode
 from jaxcompress.errors import SpecError, ValuesNeededError
+from jaxcompress.pruning.patterns import parse_pattern
 from jaxcompress.pruning.select import kept_count, n_of_m_mask, top_mask
 from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
 
@@ -115,22 +115,6 @@ def _nonzeros(leaf: Any, batch_ndim: int, context: LeafContext) -> int:
         )
     counts = jnp.sum(leaf != 0, axis=tuple(range(batch_ndim, leaf.ndim)), dtype=jnp.uint32)
     return int(jnp.max(counts, initial=0))
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """The numbers of an `n:m` pattern.
-
-    Example:
-      >>> parse_pattern("2:4")
-      (2, 4)
-    """
-    found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
-    if found is None or not 0 < int(found[1]) <= int(found[2]) <= 64:
-        raise SpecError(
-            f"pattern={pattern!r}: write 'n:m' with 0 < n <= m <= 64, such as '2:4' "
-            "(in quotes, for YAML reads 2:4 as a number)"
-        )
-    return int(found[1]), int(found[2])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))

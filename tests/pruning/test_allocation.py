@@ -50,8 +50,8 @@ def test_erk_of_resnet_kernels_by_hand():
 
 def test_uniform():
     assert uniform([(10, 10), (3,)], 0.5) == [50, 2]
-    with pytest.raises(jc.SpecError, match="allocation='lamp': write one of uniform, erk"):
-        jc.pruning.magnitude(allocation="lamp")
+    with pytest.raises(jc.SpecError, match="allocation='layers': write one of uniform, erk"):
+        jc.pruning.magnitude(allocation="layers")
     with pytest.raises(jc.SpecError, match="scope='layer': write one of local, global"):
         jc.pruning.magnitude(scope="layer")
     with pytest.raises(jc.SpecError, match="leave one of them out"):

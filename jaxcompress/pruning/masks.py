@@ -1,0 +1,151 @@
+"""Masks of a whole tree from scores, and their use: what is done once, outside of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxcompress.errors import SpecError
+from jaxcompress.pruning.choice import Choice, check_choice, check_units
+from jaxcompress.pruning.sites import find_sites
+from jaxcompress.rules import KernelAxes
+
+
+def make_masks(
+    scores: Any,
+    sparsity: float,
+    rules: Mapping[str, str | None],
+    *,
+    scope: str = "local",
+    allocation: str = "uniform",
+    axes: Mapping[str, KernelAxes] | None = None,
+) -> Any:
+    """Masks that keep the weights, or units of weights, of largest score.
+
+    Of n units `round(n (1 - sparsity))` stay, exactly, ties by the lowest index. A unit that has
+    several weights (see `patterns`) has the mean of their scores. Where the patterns say `n:m`,
+    of each m weights `max(n, round(m (1 - sparsity)))` stay.
+
+    Args:
+      scores: a tree in the structure of the params; a larger value is kept longer. Those of
+        `jaxcompress.pruning.scores`, or any.
+      sparsity: the share of units to remove, from 0 to 1.
+      rules: `{glob: pattern or None}` as in `sparsify`.
+      scope: `local` compares within each weight, `global` among all that the rules name.
+      allocation: of a local budget: `uniform`, `erk`, or `lamp`.
+      axes: the input and output axes of leaves by path, from `kernel_axes`.
+
+    Returns:
+      The tree with a mask, bool, for each leaf that the rules name, and `optax.MaskedNode()`
+      elsewhere.
+
+    Raises:
+      RuleError: for a rule that matches nothing or what has no such scores.
+      SpecError: for a sparsity outside of 0 to 1, an unknown scope or allocation, or patterns of
+        several kinds under one threshold.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores = {"kernel": jnp.array([[1.0, 2.0], [4.0, 3.0]]), "bias": jnp.zeros(2)}
+      >>> make_masks(scores, 0.5, {"kernel": "unstructured"})["kernel"].tolist()
+      [[False, False], [True, True]]
+    """
+    if not 0 <= sparsity <= 1:
+        raise SpecError(f"sparsity={sparsity!r}: write the share to remove, from 0 to 1")
+    check_choice(scope, allocation)
+    sites = find_sites(scores, rules, axes or {})
+    choice = Choice(tuple(sites), scope, allocation)
+    check_units(choice)
+    leaves, structure = jax.tree.flatten(scores)
+    out: list[Any] = [optax.MaskedNode()] * len(leaves)
+    counts = choice.counts([sparsity], lambda count: count)
+    for site, mask in zip(sites, _chosen(choice, [leaves[s.place] for s in sites], tuple(counts))):
+        out[site.place] = mask
+    return jax.tree.unflatten(structure, out)
+
+
+def _chosen(choice: Choice, scores: list[jax.Array], counts: tuple[int, ...]) -> list[jax.Array]:
+    units = [site.pattern.pooled(x, signed=True) for site, x in zip(choice.sites, scores)]
+    return choice.spread(choice.take(units, list(counts), signed=True))
+
+
+def apply_masks(params: Any, masks: Any) -> Any:
+    """The params with exact zeros where a mask is false.
+
+    Args:
+      params: a tree.
+      masks: masks in its structure; None or `optax.MaskedNode()` leaves a leaf as it is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> apply_masks({"w": jnp.array([1.0, -jnp.inf])}, {"w": jnp.array([True, False])})
+      {'w': Array([1., 0.], dtype=float32)}
+    """
+    flat: tuple[list[Any], Any] = jax.tree.flatten(params)
+    leaves, structure = flat
+    slots = structure.flatten_up_to(masks)
+    return jax.tree.unflatten(structure, [_masked(x, m) for x, m in zip(leaves, slots)])
+
+
+def _masked(x: Any, mask: Any) -> Any:
+    if mask is None or isinstance(mask, optax.MaskedNode):
+        return x
+    return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def fit_masks(
+    masks_at: Callable[[float], Any],
+    cost: Callable[[Any], float],
+    budget: float,
+    *,
+    steps: int = 24,
+) -> Any:
+    """The least sparse masks that cost no more than a budget, by bisection on the sparsity.
+
+    Args:
+      masks_at: masks of a sparsity, such as `lambda s: make_masks(scores, s, rules)`; those of a
+        higher one must not cost more.
+      cost: what masks cost: `count_kept`, `sparse_bytes`, `multiplications`, or any.
+      budget: what they may cost.
+      steps: bisections; the sparsity is met to `2**-steps`.
+
+    Raises:
+      SpecError: when nothing is left and it still costs more.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores = {"kernel": jnp.arange(100.0)}
+      >>> masks = fit_masks(
+      ...     lambda s: make_masks(scores, s, {"kernel": "unstructured"}), count_kept, budget=33
+      ... )
+      >>> count_kept(masks)
+      33
+    """
+    masks = masks_at(1.0)
+    if (least := cost(masks)) > budget:
+        raise SpecError(
+            f"budget={budget}: {least} is left when all is removed that the rules name; write "
+            "more, or rules for more leaves"
+        )
+    full = masks_at(0.0)
+    if cost(full) <= budget:
+        return full
+    low, high = 0.0, 1.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        trial = masks_at(middle)
+        if cost(trial) <= budget:
+            high, masks = middle, trial
+        else:
+            low = middle
+    return masks
+
+
+def count_kept(masks: Any) -> int:
+    """How many weights masks keep."""
+    return sum(int(np.count_nonzero(np.asarray(m))) for m in jax.tree.leaves(masks))
