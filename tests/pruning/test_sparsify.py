@@ -385,7 +385,7 @@ def test_bad_input():
 
     with pytest.raises(jc.RuleError, match="rule 'kernel' matches no leaf; the nearest paths are"):
         init({"kernel": "unstructured"})
-    with pytest.raises(jc.SpecError, match="pattern='dense': write"):
+    with pytest.raises(jc.RuleError, match="'dense' is no pattern; write one of unstructured"):
         init({"**/kernel": "dense"})
     with pytest.raises(jc.RuleError, match=r"0\.5 is no pattern; write one of unstructured"):
         init({"**/kernel": 0.5})
