@@ -1,0 +1,24 @@
+"""Drivers: methods that call the user's own training several times, and resume after a kill."""
+
+from jaxcompress.drivers.early_bird import EarlyBird, EarlyBirdState, early_bird, mask_distance
+from jaxcompress.drivers.iterative import (
+    PrunedRound,
+    Round,
+    Trained,
+    iterative_pruning,
+    learning_rate_rewinding,
+    lottery_ticket,
+)
+
+__all__ = [
+    "EarlyBird",
+    "EarlyBirdState",
+    "PrunedRound",
+    "Round",
+    "Trained",
+    "early_bird",
+    "iterative_pruning",
+    "learning_rate_rewinding",
+    "lottery_ticket",
+    "mask_distance",
+]
