@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress import compat
 from jaxcompress.errors import SpecError
@@ -38,7 +39,7 @@ def mean_over_batches(
       SpecError: for no batches, a loss that is no scalar, and sums that are not finite.
     """
     loss_fn = hashable(loss_fn)
-    sums = [jnp.zeros(x.shape, jnp.float32) for x in weights.values]
+    sums = [jax.device_put(np.zeros(x.shape, np.float32)) for x in weights.values]
     count = 0
     for batch in batches:
         arrays, static = _split(batch if isinstance(batch, tuple) else (batch,))
@@ -46,14 +47,14 @@ def mean_over_batches(
         count += 1
     if not count:
         raise SpecError("batches is empty: give at least one batch")
-    sums = [x / count for x in sums]
-    for path, x in zip(weights.paths, sums):
-        if not bool(jnp.all(jnp.isfinite(x))):
+    means, finite = _finish(sums, count)
+    for path, fine in zip(weights.paths, finite):
+        if not fine:
             raise SpecError(
                 f"{path}: its gradients are NaN or infinite; look for what makes them so in the "
                 "batches, the params or the loss"
             )
-    return sums
+    return means
 
 
 def replayed(batches: Iterable[Any]) -> Iterable[Any]:
@@ -91,6 +92,13 @@ def loss_of(loss_fn: Callable[..., Any], weights: Weights) -> Callable[..., jax.
         return out
 
     return loss
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _finish(sums: list[jax.Array], count: int) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The means, and whether each is finite."""
+    means = [x / count for x in sums]
+    return means, [jnp.all(jnp.isfinite(x)) for x in means]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5), donate_argnums=2)

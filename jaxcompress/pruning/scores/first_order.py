@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.scores.batches import gradient, mean_over_batches
 from jaxcompress.pruning.scores.curvature import Static, squared_unit_gradients
-from jaxcompress.pruning.scores.units import boxes, unit_sums
-from jaxcompress.pruning.scores.weights import Weights, float32
+from jaxcompress.pruning.scores.units import boxes, unit_changes
+from jaxcompress.pruning.scores.weights import Weights
 from jaxcompress.rules import KernelAxes
 
 
@@ -94,7 +94,7 @@ def taylor(
     if order == 2:
         batches = list(batches)
     means = mean_over_batches(gradient, loss_fn, weights, batches)
-    change = [-unit_sums(float32(w) * g, b) for w, g, b in zip(weights.values, means, box)]
+    change = unit_changes(weights.values, means, box)
     if order == 2:
         squares = mean_over_batches(squared_unit_gradients, loss_fn, weights, batches, Static(box))
         change = [x + s / 2 for x, s in zip(change, squares)]
@@ -144,6 +144,4 @@ def skeletonization(
     weights = Weights.of(params)
     box = boxes(weights, units, axes)
     means = mean_over_batches(gradient, loss_fn, weights, batches)
-    return weights.scores(
-        [-unit_sums(float32(w) * g, b) for w, g, b in zip(weights.values, means, box)]
-    )
+    return weights.scores(unit_changes(weights.values, means, box))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcompress.errors import RuleError, SpecError
 from jaxcompress.pruning.patterns import is_n_of_m, lay
-from jaxcompress.pruning.scores.weights import Weights
+from jaxcompress.pruning.scores.weights import Weights, float32
 from jaxcompress.rules import KernelAxes, match
 
 # The size of a unit along each of the last axes of a weight; None: weights count one by one.
@@ -42,6 +43,14 @@ def boxes(
         except SpecError as error:
             raise RuleError(f"rule {hit[0]!r}: {path!r}: {error}") from None
     return tuple(out)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def unit_changes(
+    values: list[jax.Array], grads: list[jax.Array], boxes: tuple[Box, ...]
+) -> list[jax.Array]:
+    """`-sum w g` over the units of each array: the first-order change of the loss without them."""
+    return [-unit_sums(float32(w) * g, b) for w, g, b in zip(values, grads, boxes)]
 
 
 def unit_sums(x: jax.Array, box: Box) -> jax.Array:

@@ -1,0 +1,253 @@
+"""`SparseGPT`: the solver of that name on the leaves of a tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxcompress.arrays.base import is_compressed
+from jaxcompress.arrays.quantized import QuantizedArray
+from jaxcompress.arrays.sparse import SparseArray, best_layout, encode
+from jaxcompress.errors import SpecError
+from jaxcompress.pruning.patterns import parse_pattern
+from jaxcompress.pruning.select import kept_count
+from jaxcompress.pruning.solvers.folding import Folding, folding
+from jaxcompress.pruning.solvers.hessian import Solution
+from jaxcompress.pruning.solvers.rounding import check_quantize
+from jaxcompress.pruning.solvers.sparsegpt import Options, check_options, solve
+from jaxcompress.quantization.spec import Quantize
+from jaxcompress.rules import default_axes
+from jaxcompress.specs import (
+    LeafContext,
+    Plan,
+    Spec,
+    _on_auto_axes,
+    _on_mesh,
+    _sharding,
+    register_spec,
+)
+
+# The fields that are those of a `Quantize`.
+_SHARED = ("group_size", "symmetric", "scale_dtype", "convention")
+
+
+@register_spec("sparsegpt")
+@dataclasses.dataclass(frozen=True, repr=False)
+class SparseGPT(Spec):
+    """Prunes in one shot, and lets the weights that stay make up for those that go.
+
+    The solver is `jaxcompress.pruning.solvers.sparsegpt`, on the Gram matrix of the inputs that
+    `observe` saw meet the leaf. Exactly `round(n * (1 - sparsity))` of n weights stay, so many of
+    each weight of a stack, or n of each m along the last input axis.
+
+    The outcome is a `SparseArray`; or with `quantize` a `QuantizedArray` whose codes are zero (the
+    zero point) where a weight was removed. There what stays has been rounded to codes while others
+    could still make up for it. The codes are stored in full: kept values alone would lose the
+    columns and groups that share scales. Entropy coding (`save(..., coded=True)`) takes out what
+    the zeros take.
+
+    Args:
+      sparsity: the share of weights to remove, from 0 to 1.
+      pattern: None for any place, or `"n:m"` with `n/m = 1 - sparsity`.
+      block_size: inputs among which weights are compared, see the solver.
+      damping: the share of the mean diagonal that is added to the Gram matrix.
+      quantize: the format of what stays, such as `"int4"`, or a `Quantize`; None: not quantized.
+      group_size: of the quantization, like all that follow, see `Quantize`.
+      symmetric: whether zero is the middle of the range.
+      scale_dtype: the dtype of scales.
+      convention: how the symmetric scale follows from the range.
+
+    Raises:
+      SpecError: for values that cannot be; when it is called without statistics that fit.
+
+    References:
+      Frantar and Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in
+      One-Shot*, 2023.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxcompress as jc
+      >>> from jaxcompress.pruning.solvers import SparseGPT
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (16, 8))}
+      >>> batches = [jax.random.normal(jax.random.key(1), (64, 16))]
+      >>> stats = jc.observe(fn, params, batches, ("gram",))
+      >>> jc.compress(params, {"kernel": SparseGPT(0.75)}, stats=stats)
+      {'kernel': SparseArray(float32[16, 8], 75% sparse bitmask)}
+      >>> jc.compress(params, {"kernel": SparseGPT(0.5, quantize="int4")}, stats=stats)
+      {'kernel': QuantizedArray(float32[16, 8], int4)}
+    """
+
+    sparsity: float
+    _: dataclasses.KW_ONLY
+    pattern: str | None = None
+    block_size: int = 128
+    damping: float = 0.01
+    quantize: str | Quantize | None = None
+    group_size: int | None = None
+    symmetric: bool = True
+    scale_dtype: str = "bfloat16"
+    convention: str = "absmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsity is None:
+            raise SpecError("sparsity=None: write the share to remove, from 0 to 1, such as 0.5")
+        check_options(self.sparsity, self.pattern, self.block_size, self.damping)
+        if isinstance(self.quantize, Quantize):
+            # As plain fields, for a recipe holds no spec within a spec.
+            check_quantize(self.quantize, "SparseGPT")
+            for name in (*_SHARED, "format"):
+                field = "quantize" if name == "format" else name
+                object.__setattr__(self, field, getattr(self.quantize, name))
+        self.options()
+
+    def options(self) -> Options:
+        """What the solver is asked for."""
+        quantize = None
+        if self.quantize is not None:
+            shared = {name: getattr(self, name) for name in _SHARED}
+            quantize = Quantize(self.quantize, **shared)  # type: ignore[arg-type]
+        return Options(self.sparsity, self.pattern, self.block_size, self.damping, quantize)
+
+    def plan(self, leaf: Any, context: LeafContext) -> Plan:
+        """Settles the shapes from the leaf and the statistics, and how much stays."""
+        return self._planned(leaf, context)
+
+    def _planned(self, leaf: Any, context: LeafContext) -> _SparseGPTPlan:
+        options, how = self.options(), _folding(leaf, context)
+        return _SparseGPTPlan(options, how, _kept(options, how), context.path)
+
+    def __call__(self, leaf: Any, context: LeafContext | None = None) -> Any:
+        """Compresses one array by the statistics of the context."""
+        if context is None:
+            context = LeafContext("leaf", default_axes("leaf", leaf.ndim))
+        if is_compressed(leaf):
+            raise SpecError(f"{context.path}: {self!r} needs the dense weight; put it first")
+        plan = self._planned(leaf, context)
+        return _solved(plan, leaf, context.stats.gram)  # type: ignore[union-attr]
+
+
+@dataclasses.dataclass(frozen=True)
+class _SparseGPTPlan(Plan):
+    options: Options
+    folding: Folding
+    kept: int
+    path: str
+
+    def apply(self, leaf: jax.Array, key: jax.Array | None) -> Any:
+        """Refuses: a plan is static, and the statistics are arrays."""
+        raise SpecError(f"{self.path}: SparseGPT needs statistics; call the spec, not its plan")
+
+    def solve(self, leaf: jax.Array, gram: jax.Array) -> Any:
+        """A quantized leaf, or weight and mask in the leaf's shape."""
+        how = self.folding
+        found = solve(how.fold(leaf), gram, self.options, how.inputs[-1], how.groups)
+        if found.codes is None:
+            return how.unfold(found.weight), how.unfold(found.mask)
+        return self._quantized(found, leaf)
+
+    def _quantized(self, found: Solution, leaf: jax.Array) -> QuantizedArray:
+        how, quantize = self.folding, self.options.quantize
+        assert quantize is not None
+        group = quantize.group_size
+        inputs = (1,) * len(how.inputs)
+        if group is not None:
+            group = min(group, how.inputs[-1])
+            inputs = (*how.inputs[:-1], -(-how.inputs[-1] // group))
+        zero = found.zero_point
+        first = len(how.batch)
+        return QuantizedArray.from_codes(
+            how.unfold(found.codes),
+            how.unfold(found.scale, inputs),
+            None if zero is None else how.unfold(zero, inputs),
+            quantize.format,
+            how.order[first + len(how.inputs) - 1] - leaf.ndim,
+            group,
+            leaf.dtype,
+        )
+
+
+def _solved(plan: _SparseGPTPlan, leaf: Any, gram: Any) -> Any:
+    leaf, mesh = _on_auto_axes(leaf)
+    sharding = _sharding(leaf)
+    if sharding is not None:
+        gram = jax.device_put(gram, NamedSharding(sharding.mesh, PartitionSpec()))
+    # The path is for messages; leaves of one shape share a program.
+    found = _solve(dataclasses.replace(plan, path=""), leaf, jnp.asarray(gram))
+    if not isinstance(found, QuantizedArray):
+        weight, mask = found
+        found = _sparse(weight, mask, plan)
+    if sharding is not None:
+        found = jax.device_put(found, found.shardings(sharding))
+    return found if mesh is None else _on_mesh(found, mesh)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solve(plan: _SparseGPTPlan, leaf: jax.Array, gram: jax.Array) -> Any:
+    return plan.solve(leaf, gram)
+
+
+_encode = jax.jit(encode, static_argnums=(2, 3, 4))
+
+
+def _sparse(weight: jax.Array, mask: jax.Array, plan: _SparseGPTPlan) -> SparseArray:
+    batch = len(plan.folding.batch)
+    size = math.prod(mask.shape[batch:])
+    layout = ("bitmask", 1, size)
+    # A bit mask is smaller than gaps of 2 bits and up unless fewer than half the weights stay.
+    if 2 * plan.kept < size and not isinstance(mask, jax.core.Tracer):
+        layout = best_layout(mask, plan.kept, batch)
+    return _encode(weight, mask, plan.kept, layout, batch)
+
+
+def _kept(options: Options, how: Folding) -> int:
+    """How many values stay in one weight of a stack."""
+    rows, columns = math.prod(how.inputs), math.prod(how.outputs)
+    if options.pattern is None:
+        return kept_count(rows * columns, options.sparsity or 0.0)
+    n, m = parse_pattern(options.pattern)
+    full, rest = divmod(how.inputs[-1], m)
+    return rows // how.inputs[-1] * columns * (full * n + min(n, rest))
+
+
+def _folding(leaf: Any, context: LeafContext) -> Folding:
+    """The folding that the statistics fit.
+
+    Raises:
+      SpecError: when there are none, or they are of something else.
+    """
+    if leaf.ndim == 0:
+        raise SpecError(f"{context.path}: a scalar cannot be pruned; leave it dense")
+    gram = None if context.stats is None else context.stats.gram
+    if gram is None:
+        raise SpecError(
+            f"{context.path}: SparseGPT needs the Gram matrix of the inputs on axes "
+            f"{tuple(context.axes.input)}: write compress(..., stats=jc.observe(fn, params, "
+            "batches, ('gram',))), and axes=jc.kernel_axes(fn, ...) where the leaf's axes are "
+            "not by Flax's conventions"
+        )
+    how = folding(leaf, context.axes)
+    rows, columns = math.prod(how.inputs), math.prod(how.outputs)
+    shape = tuple(gram.shape)
+    if shape == (*how.batch, rows, rows):
+        return how
+    lead = len(how.batch)
+    grouped = len(shape) == lead + 3 and shape == (*how.batch, shape[lead], rows, rows)
+    if grouped and columns % shape[lead] == 0:
+        return how._replace(groups=shape[lead])
+    if shape == (*how.batch, rows):
+        raise SpecError(
+            f"{context.path}: it is only looked up, so that each row stands alone and nothing can "
+            "make up for it; write Prune instead"
+        )
+    raise SpecError(
+        f"{context.path}: the Gram matrix has shape {shape}, and a leaf {tuple(leaf.shape)} with "
+        f"inputs {tuple(context.axes.input)} needs {(*how.batch, rows, rows)}: write "
+        "compress(..., stats=jc.observe(fn, params, batches, ('gram',))) with these very params"
+    )
