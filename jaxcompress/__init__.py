@@ -7,7 +7,7 @@ A compressed model is the same pytree with smaller leaves, and any JAX function 
 - `save` and `load` keep them small on disk.
 """
 
-from jaxcompress import distillation, pruning
+from jaxcompress import distillation, drivers, pruning
 from jaxcompress._version import __version__
 from jaxcompress.arrays.base import (
     CompressedArray,
@@ -88,6 +88,7 @@ __all__ = [
     "decompress",
     "diff",
     "distillation",
+    "drivers",
     "finalize",
     "histogram_edges",
     "is_compressed",

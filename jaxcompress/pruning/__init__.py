@@ -4,33 +4,77 @@
 optimizer trains them.
 """
 
-from jaxcompress.pruning.algorithms import Algorithm, magnitude
+from jaxcompress.pruning import scores
+from jaxcompress.pruning.algorithms import (
+    Algorithm,
+    Moment,
+    deep_r,
+    dsr,
+    gse,
+    magnitude,
+    movement,
+    random,
+    rigl,
+    set_,
+    snfs,
+    soft_movement,
+    static,
+    straight_through,
+    taylor,
+    top_kast,
+)
 from jaxcompress.pruning.allocation import erk, lamp, uniform
 from jaxcompress.pruning.masks import apply_masks, count_kept, fit_masks, make_masks
 from jaxcompress.pruning.report import sparsity_report
-from jaxcompress.pruning.schedules import Schedule, cubic_schedule, one_shot, periodic
+from jaxcompress.pruning.schedules import (
+    Schedule,
+    cubic_schedule,
+    cyclic_schedule,
+    exponential_schedule,
+    iterative_schedule,
+    one_shot,
+    periodic,
+)
 from jaxcompress.pruning.select import kept_count, kth_largest, n_of_m_mask, top_mask, top_masks
 from jaxcompress.pruning.wrapper import SparsifyState, sparsify
 
 __all__ = [
     "Algorithm",
+    "Moment",
     "Schedule",
     "SparsifyState",
     "apply_masks",
     "count_kept",
     "cubic_schedule",
+    "cyclic_schedule",
+    "deep_r",
+    "dsr",
     "erk",
+    "exponential_schedule",
     "fit_masks",
+    "gse",
+    "iterative_schedule",
     "kept_count",
     "kth_largest",
     "lamp",
     "magnitude",
     "make_masks",
+    "movement",
     "n_of_m_mask",
     "one_shot",
     "periodic",
+    "random",
+    "rigl",
+    "scores",
+    "set_",
+    "snfs",
+    "soft_movement",
     "sparsify",
     "sparsity_report",
+    "static",
+    "straight_through",
+    "taylor",
+    "top_kast",
     "top_mask",
     "top_masks",
     "uniform",

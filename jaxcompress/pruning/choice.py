@@ -71,9 +71,9 @@ class Choice:
             out[i] = pick(*numbers)
         return out
 
-    def pooled(self, scores: Sequence[jax.Array]) -> list[jax.Array]:
+    def pooled(self, scores: Sequence[jax.Array], signed: bool = False) -> list[jax.Array]:
         """The scores of the units from those of the weights."""
-        return [site.pattern.pooled(x) for site, x in zip(self.sites, scores)]
+        return [site.pattern.pooled(x, signed) for site, x in zip(self.sites, scores)]
 
     def take(
         self, scores: Sequence[jax.Array], counts: Counts, signed: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,6 +70,7 @@ def make_masks(
     return jax.tree.unflatten(structure, out)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def _chosen(choice: Choice, scores: list[jax.Array], counts: tuple[int, ...]) -> list[jax.Array]:
     units = [site.pattern.pooled(x, signed=True) for site, x in zip(choice.sites, scores)]
     return choice.spread(choice.take(units, list(counts), signed=True))

@@ -59,6 +59,11 @@ class Schedule:
         """`r(step)`, float32 from 1 to 0; must be 0 at `end`."""
         raise NotImplementedError
 
+    @property
+    def loosens(self) -> bool:
+        """Whether more weights may be asked for than were there before."""
+        return self.initial > self.final
+
     def sparsity(self, step: int | jax.Array) -> jax.Array:
         """`s(step)` in float32, as a plot of the schedule shows it."""
         step = jnp.asarray(step, jnp.int32)
@@ -95,6 +100,59 @@ class _Cubic(Schedule):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Exponential(Schedule):
+    def remaining(self, step: jax.Array) -> jax.Array:
+        left = jnp.clip(self.end - step, 0, self.end - self.begin).astype(jnp.float32)
+        way = 1 - divide(left, float(max(1, self.end - self.begin)))
+        # The densities are d_i (d_f / d_i)**way, of which this is the share between d_f and d_i.
+        first, last = 1 - self.initial, 1 - self.final
+        if first == last:
+            return jnp.zeros(jnp.shape(step), jnp.float32)
+        now = first * jnp.float32(last / first) ** way
+        share = jnp.clip((now - last) / (first - last), 0.0, 1.0)
+        return jnp.where(way >= 1, 0.0, jnp.where(way <= 0, 1.0, share))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Iterative(Schedule):
+    rounds: int
+
+    def remaining(self, step: jax.Array) -> jax.Array:
+        length = max(1, self.every)
+        done = jnp.clip((step - self.begin) // length + 1, 0, self.rounds).astype(jnp.float32)
+        last, first = 1 - self.final, 1 - self.initial
+        if first == last:
+            return jnp.zeros(jnp.shape(step), jnp.float32)
+        now = first * jnp.float32(last / first) ** divide(done, float(self.rounds))
+        share = jnp.clip((now - last) / (first - last), 0.0, 1.0)
+        return jnp.where(done >= self.rounds, 0.0, share)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cyclic(Schedule):
+    dense: int
+    sparse: int
+
+    @property
+    def loosens(self) -> bool:
+        return True
+
+    def _phase(self, step: jax.Array) -> jax.Array:
+        """The place within a cycle, sparse first; from `end` on the network stays sparse."""
+        place = (jnp.minimum(step, self.end) - self.begin) % (self.sparse + self.dense)
+        return jnp.where(step >= self.end, 0, place)
+
+    def remaining(self, step: jax.Array) -> jax.Array:
+        return (self._phase(jnp.asarray(step)) >= self.sparse).astype(jnp.float32)
+
+    def refreshes(self, step: int | jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.int32)
+        place = self._phase(step)
+        due = (place == 0) | (place == self.sparse)
+        return due & (step >= self.begin) & (step <= self.end)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Constant(Schedule):
     def remaining(self, step: jax.Array) -> jax.Array:
         return jnp.zeros(jnp.shape(step), jnp.float32)
@@ -124,6 +182,96 @@ def cubic_schedule(
       ('0.000', '0.000', '0.700', '0.800', '0.800')
     """
     return _Cubic(sparsity, initial, begin, end, every)
+
+
+def exponential_schedule(
+    sparsity: float, *, end: int, begin: int = 0, every: int = 100, initial: float = 0.0
+) -> Schedule:
+    """Gradual pruning that removes the same share of what is left at each step.
+
+    `1 - s(t) = (1 - s_i) ((1 - s_f) / (1 - s_i))**((t - begin) / (end - begin))`.
+
+    Args:
+      sparsity: `s_f`, below 1.
+      end: the update at which it is reached.
+      begin: the first update that prunes.
+      every: updates between two choices of masks.
+      initial: `s_i`.
+
+    Example:
+      >>> schedule = exponential_schedule(0.75, end=200)
+      >>> tuple(f"{schedule.sparsity(t):.3f}" for t in (0, 100, 200))
+      ('0.000', '0.500', '0.750')
+    """
+    schedule = _Exponential(sparsity, initial, begin, end, every)
+    _check_open(schedule)
+    return schedule
+
+
+def iterative_schedule(
+    sparsity: float, *, rounds: int, every: int, begin: int = 0, initial: float = 0.0
+) -> Schedule:
+    """Rounds of pruning and training: each removes the same share of what is left.
+
+    After round k of n, `1 - s = (1 - s_i) ((1 - s_f) / (1 - s_i))**(k / n)`; a round is `every`
+    updates long and begins with its removal.
+
+    Args:
+      sparsity: `s_f`, below 1, that of the last round.
+      rounds: n.
+      every: updates in a round.
+      begin: the first update that prunes.
+      initial: `s_i`.
+
+    References:
+      Han et al., *Learning both Weights and Connections for Efficient Neural Networks*, 2015.
+
+    Example:
+      >>> schedule = iterative_schedule(0.75, rounds=2, every=100)
+      >>> tuple(f"{schedule.sparsity(t):.3f}" for t in (0, 99, 100, 500))
+      ('0.500', '0.500', '0.750', '0.750')
+    """
+    if not is_count(rounds, 1):
+        raise SpecError(f"rounds={rounds!r}: write a whole number of at least 1")
+    if not is_count(every, 1):
+        raise SpecError(f"every={every!r}: write a whole number of updates, at least 1")
+    end = begin + (rounds - 1) * every
+    schedule = _Iterative(sparsity, initial, begin, end, every, rounds)
+    _check_open(schedule)
+    return schedule
+
+
+def _check_open(schedule: Schedule) -> None:
+    if schedule.final == 1 or schedule.initial == 1:
+        raise SpecError("sparsity=1 is in no number of equal shares: write one below 1")
+
+
+def cyclic_schedule(sparsity: float, *, sparse: int, dense: int, begin: int, end: int) -> Schedule:
+    """Sparse and dense phases in turn; sparse from `end` on.
+
+    From `begin` on, `sparse` updates with the masks of the phase's first update, then `dense`
+    updates without, and so on. With `magnitude()` this is AC/DC.
+
+    Args:
+      sparsity: that of the sparse phases.
+      sparse: updates in a sparse phase.
+      dense: updates in a dense phase.
+      begin: the first update of the first sparse phase, after a dense warm-up.
+      end: the update at which the last sparse phase begins, which has no end.
+
+    References:
+      Peste et al., *AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks*,
+      2021.
+
+    Example:
+      >>> schedule = cyclic_schedule(0.9, sparse=2, dense=3, begin=1, end=8)
+      >>> "".join("s" if schedule.sparsity(t) > 0 else "d" for t in range(12))
+      'dssdddssssss'
+    """
+    for name, value in {"sparse": sparse, "dense": dense}.items():
+        if not is_count(value, 1):
+            raise SpecError(f"{name}={value!r}: write a whole number of updates, at least 1")
+    return _Cyclic(sparsity, 0.0, begin, end, 1, dense, sparse)
 
 
 def one_shot(sparsity: float, *, at: int = 0) -> Schedule:

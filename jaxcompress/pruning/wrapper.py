@@ -11,8 +11,9 @@ import optax
 from jax import lax
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.algorithms import Algorithm
+from jaxcompress.pruning.algorithms import Algorithm, Moment
 from jaxcompress.pruning.choice import Choice, check_units
+from jaxcompress.pruning.moments import set_back
 from jaxcompress.pruning.schedules import Schedule
 from jaxcompress.pruning.select import has_nan
 from jaxcompress.pruning.sites import Site, check_ends, check_finite, find_sites
@@ -29,12 +30,26 @@ class SparsifyState(NamedTuple):
       nan: whether each pruned leaf held a NaN when masks were last chosen, in the order of the
         leaves; `sparsity_report` names them.
       inner: the state of the wrapped optimizer.
+      memory: what the algorithm remembers, see `Memory`.
     """
 
     step: jax.Array
     masks: Any
     nan: jax.Array
     inner: Any
+    memory: Any
+
+
+class Memory(NamedTuple):
+    """What an algorithm keeps in the state of `sparsify`.
+
+    Attributes:
+      own: its scores, momenta or signs, in the order of the pruned leaves.
+      dense: the weights that the params are the masked image of, of an algorithm that keeps them.
+    """
+
+    own: Any
+    dense: Any
 
 
 def sparsify(
@@ -47,13 +62,16 @@ def sparsify(
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while `inner` trains.
 
-    Let m be the masks, chosen anew from the params w at the updates that the schedule names. Then
+    Let m be the masks, chosen anew at the updates that the schedule names, and w the params. Then
 
         g <- m g;    u <- inner(g);    update = m u - (1 - m) w
 
     so that `optax.apply_updates` puts exact zeros where m is 0, and the moments and norms of
-    `inner` are those of the sparse network. Everything lives in the optimizer state; nothing is
-    traced again, and nothing but scalars passes between devices when masks are chosen.
+    `inner` are those of the sparse network. Weights that come back (`rigl`, `set_`, ...) begin at
+    zero, and their moments as `inner.init` makes them. Algorithms with a dense copy, such as
+    `straight_through`, train that instead, and the params are its masked image. Everything lives in
+    the optimizer state; nothing is traced again, and nothing but scalars passes between devices
+    when masks are chosen by magnitude.
 
     It must be the outermost link, `sparsify(optax.chain(...), ...)`: a transformation after it
     would move the zeros. What an inner optimizer holds besides the params is not pruned: multiply
@@ -68,7 +86,7 @@ def sparsify(
 
     Args:
       inner: the optimizer.
-      algorithm: what goes, such as `magnitude()`.
+      algorithm: what goes and what comes, such as `magnitude()` or `rigl()`.
       schedule: how much and when, such as `cubic_schedule(0.9, end=10_000)`.
       rules: `{glob: pattern or None}`, globs over paths as in `compress`; the first match wins,
         None leaves a leaf dense, as does no match. Patterns are `unstructured`, `n:m`,
@@ -113,21 +131,27 @@ def sparsify(
             "end=10_000)"
         )
     inner = optax.with_extra_args_support(inner)
+    regrows = algorithm.regrows or (schedule.loosens and not algorithm.dense)
 
     def init(params: Any) -> SparsifyState:
         sites = find_sites(params, rules, axes or {})
         leaves, structure = jax.tree.flatten(params)
+        choice = _choice(algorithm, sites)
         check_ends(sites, schedule)
-        check_units(_choice(algorithm, sites))
+        check_units(choice)
+        algorithm.check(choice)
         check_finite(sites, leaves)
+        weights = [leaves[site.place] for site in sites]
         masks: list[Any] = [optax.MaskedNode()] * len(leaves)
-        for site in sites:
-            masks[site.place] = jnp.ones_like(leaves[site.place], dtype=bool)
+        for site, weight in zip(sites, weights):
+            masks[site.place] = jnp.ones_like(weight, dtype=bool)
+        dense = [jnp.array(w) for w in weights] if algorithm.dense else []
         return SparsifyState(
             jnp.zeros((), jnp.int32),
             jax.tree.unflatten(structure, masks),
             jnp.zeros(len(sites), bool),
             inner.init(params),
+            Memory(algorithm.init(weights) if sites else (), dense),
         )
 
     def update(
@@ -136,39 +160,69 @@ def sparsify(
         if params is None:
             raise SpecError("sparsify needs the params: write tx.update(grads, state, params)")
         sites = find_sites(params, rules, axes or {})
+        if not sites:
+            out, inner_state = inner.update(updates, state.inner, params, **extra)
+            done = _ends_an_update(state.inner, inner_state)
+            return out, state._replace(step=state.step + done, inner=inner_state)
         flat_params: tuple[list[Any], Any] = jax.tree.flatten(params)
-        weights, structure = flat_params
+        leaves, structure = flat_params
         grads = _flat_like(structure, updates)
         slots = structure.flatten_up_to(state.masks)
         old = [slots[site.place] for site in sites]
-        pruned = [weights[site.place] for site in sites]
+        sparse = [leaves[site.place] for site in sites]
+        weights = list(state.memory.dense) if algorithm.dense else sparse
+        mine = [grads[site.place] for site in sites]
         choice = _choice(algorithm, sites)
+        full = [jnp.zeros_like(w) if g is None else g for w, g in zip(weights, mine)]
+        own = algorithm.follow(state.memory.own, weights, full, old, state.step)
+        places = [site.place for site in sites]
 
         def choose(i: jax.Array, chosen: Any) -> Any:
+            masks, _, own, inner_state = chosen
             # Tied to the turn of the loop, or a compiler would take the search out of it.
-            _, step, weights = lax.optimization_barrier((i, state.step, pruned))
-            masks = _choose(choice, algorithm.scores(weights), schedule, step)
-            return masks, jnp.stack([has_nan(w) for w in weights])
+            _, step, w, g = lax.optimization_barrier((i, state.step, weights, full))
+            ends = (schedule.initial, schedule.final)
+            counts = choice.counts(ends, lambda first, last: schedule.kept(first, last, step))
+            moment = Moment(w, g, masks, counts, step, step == schedule.begin)
+            new, own = algorithm.choose(choice, moment, own)
+            if regrows:
+                back = [a & ~b for a, b in zip(new, masks)]
+                fresh = inner.init(params)
+                inner_state = set_back(inner_state, fresh, params, places, back)
+            return new, jnp.stack([has_nan(x) for x in w]), own, inner_state
 
         due = schedule.refreshes(state.step) & _starts_an_update(state.inner)
         # A loop of one turn or none: where a conditional would copy the masks that it does not
         # change, a loop hands them on in place.
-        new, nan = (old, state.nan)
-        if sites:
-            new, nan = lax.fori_loop(0, due.astype(jnp.int32), choose, (old, state.nan))
-        for site, mask in zip(sites, new):
-            slots[site.place] = mask
-            grads[site.place] = _masked(mask, grads[site.place])
+        carried = state.inner if regrows else ()
+        new, nan, own, carried = lax.fori_loop(
+            0, due.astype(jnp.int32), choose, (old, state.nan, own, carried)
+        )
+        before = carried if regrows else state.inner
+        passed = algorithm.gradients(mine, weights, new, own)
+        for site, mask, grad, weight in zip(sites, new, passed, weights):
+            slots[site.place], grads[site.place], leaves[site.place] = mask, grad, weight
         steps, inner_state = inner.update(
-            jax.tree.unflatten(structure, grads), state.inner, params, **extra
+            jax.tree.unflatten(structure, grads),
+            before,
+            jax.tree.unflatten(structure, leaves),
+            **extra,
         )
         flat = structure.flatten_up_to(steps)
-        for site, mask in zip(sites, new):
-            step, weight = flat[site.place], weights[site.place]
-            flat[site.place] = jnp.where(mask, 0 if step is None else step, -weight)
         done = _ends_an_update(state.inner, inner_state)
+        moved = algorithm.moved([flat[p] for p in places], weights, own, state.step, done)
+        dense = []
+        for site, mask, step, weight, there in zip(sites, new, moved, weights, sparse):
+            if algorithm.dense:
+                dense.append(weight if step is None else optax.apply_updates(weight, step))
+                step = (dense[-1] - there).astype(there.dtype)
+            flat[site.place] = jnp.where(mask, 0 if step is None else step, -there)
         return jax.tree.unflatten(structure, flat), SparsifyState(
-            state.step + done, jax.tree.unflatten(structure, slots), nan, inner_state
+            state.step + done,
+            jax.tree.unflatten(structure, slots),
+            nan,
+            inner_state,
+            Memory(own, dense),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -187,18 +241,6 @@ def _flat_like(structure: Any, updates: Any) -> list[Any]:
             "the gradients have another structure than the params, as under optax.lookahead; "
             f"sparsify cannot put them together: {str(error).splitlines()[0][:200]}"
         ) from None
-
-
-def _masked(mask: jax.Array, grad: Any) -> Any:
-    return None if grad is None else jnp.where(mask, grad, jnp.zeros((), grad.dtype))
-
-
-def _choose(
-    choice: Choice, scores: Sequence[jax.Array], schedule: Schedule, step: jax.Array
-) -> list[jax.Array]:
-    between = lambda first, last: schedule.kept(first, last, step)
-    counts = choice.counts((schedule.initial, schedule.final), between)
-    return choice.spread(choice.take(choice.pooled(scores), counts))
 
 
 def _accumulators(state: Any) -> list[optax.MultiStepsState]:

@@ -1,0 +1,232 @@
+"""Sparse from the first update to the last: some weights go, as many others come in their place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.errors import SpecError
+from jaxcompress.pruning.algorithms.base import Algorithm, Moment, check_share, draws
+from jaxcompress.pruning.choice import Choice
+from jaxcompress.pruning.select import top_mask
+from jaxcompress.pruning.sites import Site
+from jaxcompress.specs import is_count
+
+INITIAL = ("random", "magnitude")
+
+
+@dataclasses.dataclass(frozen=True)
+class Regrow(Algorithm):
+    """Drops the smallest of the weights that are there, and grows those of largest score.
+
+    Attributes:
+      drop: the share of the weights that goes at a choice.
+      end: the update at which this has come down to none, along half a cosine; None: it stays.
+      initial: the first masks: `random`, or by `magnitude`.
+      seed: of all draws.
+    """
+
+    drop: float
+    end: int | None
+    initial: str
+    seed: int
+
+    regrows: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("drop", self.drop)
+        if self.initial not in INITIAL:
+            raise SpecError(f"initial={self.initial!r}: write one of {', '.join(INITIAL)}")
+        if self.end is not None and not is_count(self.end, 1):
+            raise SpecError(f"end={self.end!r}: write a whole number of updates, or None")
+
+    def share(self, step: jax.Array) -> jax.Array:
+        """The share that goes at an update: `drop (1 + cos(pi t / end)) / 2`."""
+        if self.end is None:
+            return jnp.float32(self.drop)
+        way = jnp.minimum(step.astype(jnp.float32) / self.end, 1.0)
+        return self.drop * 0.5 * (1 + jnp.cos(math.pi * way))
+
+    def growth(self, weights: list[jax.Array], moment: Moment, memory: Any) -> Sequence[jax.Array]:
+        """Scores of what may grow, by magnitude; of units."""
+        raise NotImplementedError
+
+    def starts(self, units: list[jax.Array], moment: Moment) -> Sequence[jax.Array]:
+        """Scores for the first masks."""
+        if self.initial == "magnitude":
+            return units
+        return draws(units, moment.step, self.seed + 1)
+
+    def choose(self, choice: Choice, moment: Moment, memory: Any) -> tuple[list[jax.Array], Any]:
+        units = choice.pooled(moment.weights)
+        active = active_units(choice, moment.masks)
+        share = jnp.where(moment.first, 1.0, self.share(moment.step))
+        left = [survivors(site, x, on, share) for site, x, on in zip(choice.sites, units, active)]
+        first, then = self.starts(units, moment), self.growth(units, moment, memory)
+        scores = [
+            jnp.where(stays, jnp.inf, jnp.where(moment.first, jnp.abs(a), jnp.abs(b)))
+            for stays, a, b in zip(left, first, then)
+        ]
+        return choice.spread(choice.take(scores, moment.counts)), memory
+
+
+def active_units(choice: Choice, masks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Which units are there, from the masks of the weights."""
+    return [x != 0 for x in choice.pooled(masks)]
+
+
+def survivors(site: Site, scores: jax.Array, active: jax.Array, share: jax.Array) -> jax.Array:
+    """The active units that stay when a share of them goes: those of largest magnitude."""
+
+    def one(scores: jax.Array, active: jax.Array) -> jax.Array:
+        count = jnp.sum(active, dtype=jnp.uint32)
+        gone = jnp.round(share * count.astype(jnp.float32)).astype(jnp.uint32)
+        ranked = jnp.where(active, jnp.abs(scores.astype(jnp.float32)), -1.0)
+        return top_mask(ranked, count - jnp.minimum(gone, count), signed=True)
+
+    for _ in range(site.batch_ndim):
+        one = jax.vmap(one)
+    return one(scores, active)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Set(Regrow):
+    def growth(self, weights: list[jax.Array], moment: Moment, memory: Any) -> Sequence[jax.Array]:
+        return draws(weights, moment.step, self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RigL(Regrow):
+    def choose(self, choice: Choice, moment: Moment, memory: Any) -> tuple[list[jax.Array], Any]:
+        return super().choose(choice, moment, choice.pooled(moment.grads))[0], memory
+
+    def growth(self, weights: list[jax.Array], moment: Moment, memory: Any) -> Sequence[jax.Array]:
+        return [jnp.abs(g.astype(jnp.float32)) for g in memory]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gse(_RigL):
+    explored: float
+
+    def growth(self, weights: list[jax.Array], moment: Moment, memory: Any) -> Sequence[jax.Array]:
+        drawn = draws(weights, moment.step, self.seed)
+        scores = super().growth(weights, moment, memory)
+        # Weights outside of the sample come after all within it, and among them any.
+        largest = [jnp.max(s, initial=0.0) for s in scores]
+        return [
+            jnp.where(u < self.explored, 1.0 + s / jnp.where(top > 0, top, 1.0), u)
+            for u, s, top in zip(drawn, scores, largest)
+        ]
+
+
+def set_(
+    *,
+    drop: float = 0.3,
+    end: int | None = None,
+    initial: str = "random",
+    allocation: str = "erk",
+    seed: int = 0,
+) -> Algorithm:
+    """SET: at each choice the smallest weights go and random ones come.
+
+    The masks have `round(n (1 - sparsity))` weights after every update. New weights begin at zero,
+    and so do the moments that the wrapped optimizer keeps of them.
+
+    Args:
+      drop: the share of a leaf's weights that goes at a choice, `zeta`.
+      end: the update at which no more go, reached along half a cosine; None: always `drop`.
+      initial: the first masks: `random`, or by `magnitude`.
+      allocation: how the budget is divided among leaves, see `magnitude`.
+      seed: of all draws.
+
+    Raises:
+      SpecError: for a share outside of 0 to 1, or other names.
+
+    References:
+      Mocanu et al., *Scalable Training of Artificial Neural Networks with Adaptive Sparse
+      Connectivity Inspired by Network Science*, 2018.
+
+    Example:
+      >>> import optax, jaxcompress as jc
+      >>> tx = jc.sparsify(
+      ...     optax.adam(1e-3), jc.pruning.set_(), jc.pruning.periodic(0.9, every=100),
+      ...     {"**/kernel": "unstructured"},
+      ... )
+    """
+    return _Set("local", allocation, drop, end, initial, seed)
+
+
+def rigl(
+    *,
+    drop: float = 0.3,
+    end: int | None = None,
+    initial: str = "random",
+    allocation: str = "erk",
+    seed: int = 0,
+) -> Algorithm:
+    """RigL: at each choice the smallest weights go and those of largest gradient come.
+
+    At update t a share `drop (1 + cos(pi t / end)) / 2` of each leaf's weights goes, by `|w|`. As
+    many come, by `|g|` of this update's gradient among all that did not stay. (In an accumulation,
+    of its first gradient.) New weights begin at zero, and so do the moments of the wrapped
+    optimizer; weights that go and come at once stay as they are.
+
+    Args:
+      drop: the share that goes at first.
+      end: the update at which none go any more, three quarters of the training or so; None: the
+        share stays.
+      initial: the first masks: `random`, or by `magnitude` for trained weights.
+      allocation: how the budget is divided among leaves, see `magnitude`.
+      seed: of the first masks.
+
+    Raises:
+      SpecError: for a share outside of 0 to 1, or other names.
+
+    References:
+      Evci et al., *Rigging the Lottery: Making All Tickets Winners*, 2020.
+
+    Example:
+      >>> import optax, jaxcompress as jc
+      >>> tx = jc.sparsify(
+      ...     optax.adam(1e-3), jc.pruning.rigl(end=7_500),
+      ...     jc.pruning.periodic(0.9, every=100, end=7_500), {"**/kernel": "unstructured"},
+      ... )
+    """
+    return _RigL("local", allocation, drop, end, initial, seed)
+
+
+def gse(
+    *,
+    drop: float = 0.3,
+    end: int | None = None,
+    explored: float = 0.1,
+    initial: str = "random",
+    allocation: str = "erk",
+    seed: int = 0,
+) -> Algorithm:
+    """Guided stochastic exploration: RigL that looks for gradients in a random sample only.
+
+    Args:
+      drop: as in `rigl`.
+      end: as in `rigl`.
+      explored: the share of the weights that is looked at; where it has too few, any others come.
+      initial: as in `rigl`.
+      allocation: as in `rigl`.
+      seed: of all draws.
+
+    References:
+      Heddes et al., *Always-Sparse Training by Growing Connections with Guided Stochastic
+      Exploration*, 2024.
+
+    Example:
+      >>> gse(explored=0.2).explored
+      0.2
+    """
+    check_share("explored", explored)
+    return _Gse("local", allocation, drop, end, initial, seed, explored)

@@ -1,0 +1,45 @@
+"""Moments of regrown weights: set back, wherever an optimizer keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def set_back(
+    state: Any, fresh: Any, params: Any, places: Sequence[int], regrown: Sequence[jax.Array]
+) -> Any:
+    """The state of an optimizer with what it holds of some weights as `init` would make it.
+
+    A part of the state belongs to a leaf of the params if its path ends like that leaf's, as that
+    of `mu` and `nu` does in any optax state, and if it has its shape; where several leaves would
+    do, to that with the longest path. Factored moments, which are not of single weights, stay.
+
+    Args:
+      state: the state.
+      fresh: `init(params)`.
+      params: the params.
+      places: which flat leaves of the params have regrown weights.
+      regrown: where, in the shapes of those leaves.
+    """
+    paths = [tuple(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    by_place = dict(zip(places, regrown))
+    found, structure = jax.tree_util.tree_flatten_with_path(state)
+    new = {tuple(path): x for path, x in jax.tree_util.tree_flatten_with_path(fresh)[0]}
+    out = []
+    for path, x in found:
+        place = _owner(tuple(path), paths)
+        where = None if place is None else by_place.get(place)
+        start = new.get(tuple(path))
+        fits = where is not None and jnp.shape(x) == where.shape == jnp.shape(start)
+        out.append(jnp.where(where, start, x).astype(x.dtype) if fits else x)  # type: ignore[arg-type]
+    return jax.tree.unflatten(structure, out)
+
+
+def _owner(path: tuple[Any, ...], paths: Sequence[tuple[Any, ...]]) -> int | None:
+    """The number of the longest of the paths with which this one ends."""
+    ends = [i for i, p in enumerate(paths) if path[max(0, len(path) - len(p)) :] == p]
+    return max(ends, key=lambda i: len(paths[i]), default=None)
