@@ -34,8 +34,9 @@ def set_back(
         place = _owner(tuple(path), paths)
         where = None if place is None else by_place.get(place)
         start = new.get(tuple(path))
-        fits = where is not None and jnp.shape(x) == where.shape == jnp.shape(start)
-        out.append(jnp.where(where, start, x).astype(x.dtype) if fits else x)  # type: ignore[arg-type]
+        if where is not None and start is not None and x.shape == where.shape == start.shape:
+            x = jnp.where(where, start, x)
+        out.append(x)
     return jax.tree.unflatten(structure, out)
 
 

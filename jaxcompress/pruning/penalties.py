@@ -49,7 +49,7 @@ class Penalty:
         return sum(values, jnp.zeros(()))
 
     def sites(self, params: Any) -> list[Site]:
-        """The leaves that the rules name."""
+        """The leaves that the rules name, without those that hold no weights."""
         found = find_sites(params, self.rules, self.axes or {})
         for site in found:
             if site.pattern.m:
@@ -57,7 +57,7 @@ class Penalty:
                     f"{site.path!r}: an {site.pattern.kind} pattern has no groups to penalize; "
                     "write 'unstructured', 'vector', 'channel', 'filter' or 'block:RxC'"
                 )
-        return found
+        return [site for site in found if 0 not in site.shape]
 
     def value(self, site: Site, w: jax.Array) -> jax.Array:
         """The penalty of one leaf, float32."""
@@ -76,6 +76,11 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def magnitude(w: jax.Array) -> jax.Array:
+    """`|w|`, whose gradient at 0 is 0, where that of `jnp.abs` is 1."""
+    return w * lax.stop_gradient(jnp.sign(w))
+
+
 def unit_sizes(pattern: Pattern, shape: tuple[int, ...]) -> np.ndarray:
     """How many weights each unit of a pattern has: the boxes at an end may be smaller."""
     sizes = np.ones((), np.int64)
@@ -88,7 +93,7 @@ def unit_sizes(pattern: Pattern, shape: tuple[int, ...]) -> np.ndarray:
 def group_norms(site: Site, w: jax.Array) -> jax.Array:
     """The Euclidean norm of each group, `[*batch, *units]`, its gradient 0 for a group of zeros."""
     if site.pattern.single:
-        return jnp.abs(w)
+        return magnitude(w)
     # Scaled by a power of two, so that squares neither overflow nor vanish.
     largest = lax.stop_gradient(jnp.max(jnp.abs(w), initial=0)).astype(jnp.float32)
     scale, inverse = unit_scale(largest)
@@ -120,7 +125,7 @@ class _GroupLasso(Penalty):
     def value(self, site: Site, w: jax.Array) -> jax.Array:
         total = jnp.zeros((), w.dtype)
         if self.l1:
-            total += self.l1 * jnp.sum(jnp.abs(w))
+            total += self.l1 * jnp.sum(magnitude(w))
         if self.l2:
             total += jnp.sum(group_norms(site, w) * self._thresholds(site).astype(w.dtype))
         return total

@@ -178,7 +178,9 @@ class _Static(Algorithm):
     masks: dict[str, Any] | None
 
     def check(self, choice: Choice) -> None:
-        for site in choice.sites if self.masks is not None else ():
+        if self.masks is None:
+            return
+        for site in choice.sites:
             mask = self.masks.get(site.path)
             if mask is None or tuple(mask.shape) != site.shape:
                 found = "none" if mask is None else f"one of shape {tuple(mask.shape)}"

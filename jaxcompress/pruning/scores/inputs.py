@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.errors import SpecError
-from jaxcompress.input_stats import InputStats
 from jaxcompress.observe import observe
+from jaxcompress.pruning.norms import input_norms
 from jaxcompress.pruning.scores.weights import Weights, float32
 from jaxcompress.rules import KernelAxes
 
@@ -69,35 +69,9 @@ def wanda(
                 f"{path}: is contracted on each of {sorted(entries)}; give its axes, such as "
                 f"axes={{{path!r}: KernelAxes(...)}} of one of them"
             )
-        norms = _norms(path, w.shape, contracted, entries[contracted])
+        norms = input_norms(path, w.shape, contracted, entries[contracted])
         out.append(jnp.abs(float32(w)) * norms)
     return weights.scores(out)
-
-
-def _norms(
-    path: str, shape: tuple[int, ...], contracted: tuple[int, ...], seen: InputStats
-) -> jax.Array:
-    """The norm of each input, to be multiplied with the weight."""
-    ndim = len(shape)
-    count = jnp.asarray(seen.count[..., None], jnp.float32)
-    norms = jnp.sqrt(seen.second_moment * count)
-    stack, lead = ndim - _trailing(contracted, ndim), norms.ndim - 1
-    sizes = [shape[a] if a - ndim in contracted else 1 for a in range(ndim)]
-    if tuple(norms.shape[:-1]) == tuple(shape[:lead]) and lead <= stack:
-        return norms.reshape(*shape[:lead], *sizes[lead:])
-    groups = norms.shape[-2]
-    if shape[-1] % groups or -1 in contracted:
-        raise SpecError(
-            f"{path}: {groups} groups of inputs do not fit shape {shape}; score it else"
-        )
-    # Of a grouped convolution: consecutive outputs belong to one group.
-    each = jnp.moveaxis(norms, -2, -1)
-    each = jnp.repeat(each, shape[-1] // groups, axis=-1)
-    return each.reshape(*norms.shape[:-2], *sizes[lead - 1 : -1], shape[-1])
-
-
-def _trailing(contracted: tuple[int, ...], ndim: int) -> int:
-    return max((-a for a in contracted), default=ndim)
 
 
 def hrank(
