@@ -46,6 +46,10 @@ class Redistribute(Regrow):
         """The units that stay, and the memory."""
         active = active_units(choice, moment.masks)
         share = jnp.where(moment.first, 1.0, self.share(moment.step))
+        # Where the schedule tightens, all leaves give up the same share of their weights.
+        there = jnp.sum(jnp.stack([jnp.sum(x, dtype=jnp.int32) for x in active]))
+        room = jnp.minimum(_total(choice, moment.counts) / jnp.maximum(there, 1), 1.0)
+        share = 1 - (1 - share) * room
         return [
             survivors(dataclasses.replace(site, batch_ndim=0), x, on, share)
             for site, x, on in zip(choice.sites, units, active)

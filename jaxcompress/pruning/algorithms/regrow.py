@@ -67,13 +67,32 @@ class Regrow(Algorithm):
         units = choice.pooled(moment.weights)
         active = active_units(choice, moment.masks)
         share = jnp.where(moment.first, 1.0, self.share(moment.step))
-        left = [survivors(site, x, on, share) for site, x, on in zip(choice.sites, units, active)]
+        limits = _limits(choice, moment.counts)
+        left = [
+            survivors(site, x, on, share, limit)
+            for site, x, on, limit in zip(choice.sites, units, active, limits)
+        ]
         first, then = self.starts(units, moment), self.growth(units, moment, memory)
+        # Above one what stays, by magnitude, in case that there is no place for all of it.
         scores = [
-            jnp.where(stays, jnp.inf, jnp.where(moment.first, jnp.abs(a), jnp.abs(b)))
-            for stays, a, b in zip(left, first, then)
+            jnp.where(stays, 1 + _relative(x), 0.5 * _relative(jnp.where(moment.first, a, b)))
+            for x, stays, a, b in zip(units, left, first, then)
         ]
         return choice.spread(choice.take(scores, moment.counts)), memory
+
+
+def _relative(x: jax.Array) -> jax.Array:
+    """Magnitudes from 0 to 1, in their order."""
+    x = jnp.abs(x.astype(jnp.float32))
+    top = jnp.max(x, initial=0.0)
+    return x / jnp.where(top > 0, top, 1.0)
+
+
+def _limits(choice: Choice, counts: Sequence[Any]) -> list[Any]:
+    """How many units of each weight may stay at most, where that is known; None elsewhere."""
+    if choice.together:
+        return [None] * len(counts)
+    return [None if site.pattern.m else n for site, n in zip(choice.sites, counts)]
 
 
 def active_units(choice: Choice, masks: Sequence[jax.Array]) -> list[jax.Array]:
@@ -81,11 +100,18 @@ def active_units(choice: Choice, masks: Sequence[jax.Array]) -> list[jax.Array]:
     return [x != 0 for x in choice.pooled(masks)]
 
 
-def survivors(site: Site, scores: jax.Array, active: jax.Array, share: jax.Array) -> jax.Array:
-    """The active units that stay when a share of them goes: those of largest magnitude."""
+def survivors(
+    site: Site, scores: jax.Array, active: jax.Array, share: jax.Array, limit: Any = None
+) -> jax.Array:
+    """The active units that stay when a share of them goes: those of largest magnitude.
+
+    Where the schedule leaves room for no more than `limit` of each weight, a share of these goes.
+    """
 
     def one(scores: jax.Array, active: jax.Array) -> jax.Array:
         count = jnp.sum(active, dtype=jnp.uint32)
+        if limit is not None:
+            count = jnp.minimum(count, jnp.asarray(limit).astype(jnp.uint32))
         gone = jnp.round(share * count.astype(jnp.float32)).astype(jnp.uint32)
         ranked = jnp.where(active, jnp.abs(scores.astype(jnp.float32)), -1.0)
         return top_mask(ranked, count - jnp.minimum(gone, count), signed=True)

@@ -144,53 +144,52 @@ class _SparseGPTPlan(Plan):
         """Refuses: a plan is static, and the statistics are arrays."""
         raise SpecError(f"{self.path}: SparseGPT needs statistics; call the spec, not its plan")
 
-    def solve(self, leaf: jax.Array, gram: jax.Array) -> Any:
-        """A quantized leaf, or weight and mask in the leaf's shape."""
-        how = self.folding
-        found = solve(how.fold(leaf), gram, self.options, how.inputs[-1], how.groups)
-        if found.codes is None:
-            return how.unfold(found.weight), how.unfold(found.mask)
-        return self._quantized(found, leaf)
-
-    def _quantized(self, found: Solution, leaf: jax.Array) -> QuantizedArray:
-        how, quantize = self.folding, self.options.quantize
-        assert quantize is not None
-        group = quantize.group_size
-        inputs = (1,) * len(how.inputs)
-        if group is not None:
-            group = min(group, how.inputs[-1])
-            inputs = (*how.inputs[:-1], -(-how.inputs[-1] // group))
-        zero = found.zero_point
-        first = len(how.batch)
-        return QuantizedArray.from_codes(
-            how.unfold(found.codes),
-            how.unfold(found.scale, inputs),
-            None if zero is None else how.unfold(zero, inputs),
-            quantize.format,
-            how.order[first + len(how.inputs) - 1] - leaf.ndim,
-            group,
-            leaf.dtype,
-        )
-
 
 def _solved(plan: _SparseGPTPlan, leaf: Any, gram: Any) -> Any:
     leaf, mesh = _on_auto_axes(leaf)
     sharding = _sharding(leaf)
     if sharding is not None:
         gram = jax.device_put(gram, NamedSharding(sharding.mesh, PartitionSpec()))
-    # The path is for messages; leaves of one shape share a program.
-    found = _solve(dataclasses.replace(plan, path=""), leaf, jnp.asarray(gram))
-    if not isinstance(found, QuantizedArray):
-        weight, mask = found
-        found = _sparse(weight, mask, plan)
+    how = plan.folding
+    # The solver is compiled for its matrices: leaves whose matrices are of one shape share it.
+    matrices = _folded(how, leaf)
+    found = solve(matrices, jnp.asarray(gram), plan.options, how.inputs[-1], how.groups)
+    if found.codes is None:
+        weight, mask = _unfolded(how, found.weight, found.mask)
+        out = _sparse(weight, mask, plan)
+    else:
+        out = _quantized(found, how, plan.options.quantize)
     if sharding is not None:
-        found = jax.device_put(found, found.shardings(sharding))
-    return found if mesh is None else _on_mesh(found, mesh)
+        out = jax.device_put(out, out.shardings(sharding))
+    return out if mesh is None else _on_mesh(out, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solve(plan: _SparseGPTPlan, leaf: jax.Array, gram: jax.Array) -> Any:
-    return plan.solve(leaf, gram)
+def _folded(how: Folding, leaf: jax.Array) -> jax.Array:
+    return how.fold(leaf)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unfolded(how: Folding, weight: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return how.unfold(weight), how.unfold(mask)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantized(found: Solution, how: Folding, quantize: Quantize) -> QuantizedArray:
+    group, inputs = quantize.group_size, (1,) * len(how.inputs)
+    if group is not None:
+        group = min(group, how.inputs[-1])
+        inputs = (*how.inputs[:-1], -(-how.inputs[-1] // group))
+    last = how.order[len(how.batch) + len(how.inputs) - 1]
+    return QuantizedArray.from_codes(
+        how.unfold(found.codes),
+        how.unfold(found.scale, inputs),
+        None if found.zero_point is None else how.unfold(found.zero_point, inputs),
+        quantize.format,
+        last - len(how.order),
+        group,
+        found.weight.dtype,
+    )
 
 
 _encode = jax.jit(encode, static_argnums=(2, 3, 4))
