@@ -24,7 +24,15 @@ from jaxcompress.pruning.algorithms import (
     top_kast,
 )
 from jaxcompress.pruning.allocation import erk, lamp, uniform
-from jaxcompress.pruning.masks import apply_masks, count_kept, fit_masks, make_masks
+from jaxcompress.pruning.masks import (
+    apply_masks,
+    count_kept,
+    fit_masks,
+    make_masks,
+    multiplications,
+    sparse_bytes,
+)
+from jaxcompress.pruning.plots import draw_sparsity
 from jaxcompress.pruning.report import sparsity_report
 from jaxcompress.pruning.schedules import (
     Schedule,
@@ -48,6 +56,7 @@ __all__ = [
     "cubic_schedule",
     "cyclic_schedule",
     "deep_r",
+    "draw_sparsity",
     "dsr",
     "erk",
     "exponential_schedule",
@@ -60,6 +69,7 @@ __all__ = [
     "magnitude",
     "make_masks",
     "movement",
+    "multiplications",
     "n_of_m_mask",
     "one_shot",
     "periodic",
@@ -69,6 +79,7 @@ __all__ = [
     "set_",
     "snfs",
     "soft_movement",
+    "sparse_bytes",
     "sparsify",
     "sparsity_report",
     "static",

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxcompress.arrays.sparse import best_layout
 from jaxcompress.errors import SpecError
+from jaxcompress.input_stats import InputStats
 from jaxcompress.pruning.choice import Choice, check_choice, check_units
 from jaxcompress.pruning.sites import find_sites
-from jaxcompress.rules import KernelAxes
+from jaxcompress.rules import KernelAxes, flatten
 
 
 def make_masks(
@@ -151,3 +153,68 @@ def fit_masks(
 def count_kept(masks: Any) -> int:
     """How many weights masks keep."""
     return sum(int(np.count_nonzero(np.asarray(m))) for m in jax.tree.leaves(masks))
+
+
+def sparse_bytes(params: Any, masks: Any) -> int:
+    """What the masked leaves take once `Prune()` has stored them, indices included.
+
+    Args:
+      params: the tree, whose dtypes count.
+      masks: masks in its structure.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> sparse_bytes({"w": jnp.ones(64)}, {"w": jnp.arange(64) < 16})
+      72
+    """
+    total = 0
+    for x, m in _pairs(params, masks):
+        kept = int(np.count_nonzero(np.asarray(m)))
+        _, bits, entries = best_layout(jnp.asarray(m), kept, 0)
+        total += kept * x.dtype.itemsize + -(-bits * entries // 8)
+    return total
+
+
+def multiplications(
+    masks: Any, stats: Mapping[str, Mapping[tuple[int, ...], InputStats]], examples: int
+) -> float:
+    """How many multiplications by kept weights one example takes.
+
+    Args:
+      masks: masks of a tree.
+      stats: any statistics of the inputs that its weights meet, from `observe`: a weight is
+        multiplied by as many inputs as were counted.
+      examples: how many examples the batches of `observe` held.
+
+    Raises:
+      SpecError: for a mask of a leaf that the statistics do not have.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> fn = lambda params, x: x @ params["w"]
+      >>> stats = jc.observe(fn, {"w": jnp.ones((3, 4))}, [jnp.ones((10, 5, 3))], ("abs_max",))
+      >>> multiplications({"w": jnp.ones((3, 4), bool)}, stats, examples=10)
+      60.0
+    """
+    total = 0.0
+    for path, mask in flatten(masks)[0]:
+        if not hasattr(mask, "shape"):
+            continue
+        if path not in stats:
+            raise SpecError(
+                f"{path}: has a mask and no statistics; observe a function that uses it"
+            )
+        for seen in stats[path].values():
+            counts = np.asarray(seen.count, np.float64)
+            lead = counts.ndim if counts.shape == mask.shape[: counts.ndim] else 0
+            kept = np.asarray(mask).sum(axis=tuple(range(lead, mask.ndim)), dtype=np.float64)
+            # Of groups, each meets its share of the weights.
+            total += float(np.sum(kept * (counts if lead else counts.mean())))
+    return total / examples
+
+
+def _pairs(params: Any, masks: Any) -> list[tuple[Any, Any]]:
+    flat: tuple[list[Any], Any] = jax.tree.flatten(params)
+    leaves, structure = flat
+    slots = structure.flatten_up_to(masks)
+    return [(x, m) for x, m in zip(leaves, slots) if hasattr(m, "shape")]
