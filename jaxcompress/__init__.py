@@ -39,6 +39,7 @@ from jaxcompress.interpret import compressed
 from jaxcompress.kernel_axes import kernel_axes
 from jaxcompress.lazy import LazyArray
 from jaxcompress.observe import observe
+from jaxcompress.pruning.solvers import SparseGPT
 from jaxcompress.pruning.spec import Prune
 from jaxcompress.pruning.wrapper import sparsify
 from jaxcompress.quantization.spec import FakeQuantize, Quantize
@@ -76,6 +77,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "SparseArray",
+    "SparseGPT",
     "Spec",
     "SpecError",
     "Summary",

@@ -4,7 +4,7 @@
 optimizer trains them.
 """
 
-from jaxcompress.pruning import scores
+from jaxcompress.pruning import scores, solvers
 from jaxcompress.pruning.algorithms import (
     Algorithm,
     Moment,
@@ -79,6 +79,7 @@ __all__ = [
     "set_",
     "snfs",
     "soft_movement",
+    "solvers",
     "sparse_bytes",
     "sparsify",
     "sparsity_report",

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxcompress.arrays.sparse import best_layout
 from jaxcompress.errors import SpecError
 from jaxcompress.input_stats import InputStats
 from jaxcompress.pruning.choice import Choice, check_choice, check_units
@@ -169,10 +168,19 @@ def sparse_bytes(params: Any, masks: Any) -> int:
     """
     total = 0
     for x, m in _pairs(params, masks):
-        kept = int(np.count_nonzero(np.asarray(m)))
-        _, bits, entries = best_layout(jnp.asarray(m), kept, 0)
-        total += kept * x.dtype.itemsize + -(-bits * entries // 8)
+        where = np.flatnonzero(np.asarray(m))
+        total += len(where) * x.dtype.itemsize + _index_bytes(where, m.size)
     return total
+
+
+def _index_bytes(where: np.ndarray, size: int) -> int:
+    """The smaller of a bit mask and gaps with escapes, as `arrays.sparse.best_layout` has it."""
+    gaps = np.diff(where, prepend=-1) - 1
+    sizes = [size]
+    for bits in range(2, 9) if len(where) else ():
+        entries = len(where) + int(np.sum(gaps // (2**bits - 1)))
+        sizes.append(-(-entries // 64) * 64 * bits)
+    return -(-min(sizes) // 8)
 
 
 def multiplications(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.errors import CompressError
@@ -71,7 +72,7 @@ def _draw_leaves(axes: Any, rows: list[dict[str, Any]], total: float) -> None:
 def _draw_schedule(axes: Any, schedule: Schedule, step: int | None) -> None:
     last = schedule.end if schedule.end < 2**30 else schedule.begin + 20 * schedule.every
     last = max(last, step or 0, schedule.begin + 1)
-    steps = np.unique(np.linspace(0, 1.1 * last, 2000).astype(np.int32))
+    steps = jnp.asarray(np.unique(np.linspace(0, 1.1 * last, 2000).astype(np.int32)))
     axes.plot(steps, 100 * np.asarray(schedule.sparsity(steps)), color="C0")
     due = steps[np.asarray(schedule.refreshes(steps))]
     axes.plot(due, 100 * np.asarray(schedule.sparsity(due)), "|", color="C1", label="masks chosen")
