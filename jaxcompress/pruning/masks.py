@@ -13,7 +13,7 @@ import optax
 
 from jaxcompress.errors import SpecError
 from jaxcompress.input_stats import InputStats
-from jaxcompress.pruning.choice import Choice, check_choice, check_units
+from jaxcompress.pruning.choice import Choice, Counts, check_choice, check_units
 from jaxcompress.pruning.sites import find_sites
 from jaxcompress.rules import KernelAxes, flatten
 
@@ -65,16 +65,17 @@ def make_masks(
     check_units(choice)
     leaves, structure = jax.tree.flatten(scores)
     out: list[Any] = [optax.MaskedNode()] * len(leaves)
-    counts = choice.counts([sparsity], lambda count: count)
-    for site, mask in zip(sites, _chosen(choice, [leaves[s.place] for s in sites], tuple(counts))):
+    # Traced, so that another sparsity is no other program.
+    counts = choice.counts([sparsity], lambda count: np.uint32(count))
+    for site, mask in zip(sites, _chosen(choice, [leaves[s.place] for s in sites], counts)):
         out[site.place] = mask
     return jax.tree.unflatten(structure, out)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _chosen(choice: Choice, scores: list[jax.Array], counts: tuple[int, ...]) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def _chosen(choice: Choice, scores: list[jax.Array], counts: Counts) -> list[jax.Array]:
     units = [site.pattern.pooled(x, signed=True) for site, x in zip(choice.sites, scores)]
-    return choice.spread(choice.take(units, list(counts), signed=True))
+    return choice.spread(choice.take(units, counts, signed=True))
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
