@@ -4,7 +4,7 @@
 optimizer trains them.
 """
 
-from jaxcompress.pruning import scores, solvers
+from jaxcompress.pruning import gates, scores, solvers
 from jaxcompress.pruning.algorithms import (
     Algorithm,
     Moment,
@@ -24,6 +24,7 @@ from jaxcompress.pruning.algorithms import (
     top_kast,
 )
 from jaxcompress.pruning.allocation import erk, lamp, uniform
+from jaxcompress.pruning.growl import growl
 from jaxcompress.pruning.masks import (
     apply_masks,
     count_kept,
@@ -32,7 +33,15 @@ from jaxcompress.pruning.masks import (
     multiplications,
     sparse_bytes,
 )
+from jaxcompress.pruning.penalties import (
+    Penalty,
+    group_lasso,
+    l1,
+    sparse_group_lasso,
+    weight_elimination,
+)
 from jaxcompress.pruning.plots import draw_sparsity
+from jaxcompress.pruning.proximal import ProximalState, proximal
 from jaxcompress.pruning.report import sparsity_report
 from jaxcompress.pruning.schedules import (
     Schedule,
@@ -49,6 +58,8 @@ from jaxcompress.pruning.wrapper import SparsifyState, sparsify
 __all__ = [
     "Algorithm",
     "Moment",
+    "Penalty",
+    "ProximalState",
     "Schedule",
     "SparsifyState",
     "apply_masks",
@@ -61,10 +72,14 @@ __all__ = [
     "erk",
     "exponential_schedule",
     "fit_masks",
+    "gates",
+    "group_lasso",
+    "growl",
     "gse",
     "iterative_schedule",
     "kept_count",
     "kth_largest",
+    "l1",
     "lamp",
     "magnitude",
     "make_masks",
@@ -73,6 +88,7 @@ __all__ = [
     "n_of_m_mask",
     "one_shot",
     "periodic",
+    "proximal",
     "random",
     "rigl",
     "scores",
@@ -81,6 +97,7 @@ __all__ = [
     "soft_movement",
     "solvers",
     "sparse_bytes",
+    "sparse_group_lasso",
     "sparsify",
     "sparsity_report",
     "static",
@@ -90,4 +107,5 @@ __all__ = [
     "top_mask",
     "top_masks",
     "uniform",
+    "weight_elimination",
 ]

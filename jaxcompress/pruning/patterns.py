@@ -63,7 +63,8 @@ class Pattern:
             if box == 1:
                 continue
             x = jnp.pad(x, [(0, -x.shape[a] % box if a == axis else 0) for a in range(x.ndim)])
-            x = x.reshape(*x.shape[:axis], -1, box, *x.shape[axis + 1 :]).sum(axis + 1)
+            whole = x.shape[axis] // box
+            x = x.reshape(*x.shape[:axis], whole, box, *x.shape[axis + 1 :]).sum(axis + 1)
         return x
 
     def spread(self, mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:

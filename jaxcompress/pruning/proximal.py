@@ -11,7 +11,7 @@ import optax
 
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.penalties import Penalty, checked, wide
-from jaxcompress.pruning.wrapper import _ends_an_update
+from jaxcompress.pruning.wrapper import ends_an_update
 
 
 class ProximalState(NamedTuple):
@@ -90,7 +90,7 @@ def proximal(
         if params is None:
             raise SpecError("proximal needs the params: write tx.update(grads, state, params)")
         steps, inner_state = inner.update(updates, state.inner, params, **extra)
-        done = _ends_an_update(state.inner, inner_state)
+        done = ends_an_update(state.inner, inner_state)
         rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate, jnp.float32) * done
         flat: tuple[list[Any], Any] = jax.tree.flatten(params)

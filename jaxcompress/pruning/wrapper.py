@@ -162,7 +162,7 @@ def sparsify(
         sites = find_sites(params, rules, axes or {})
         if not sites:
             out, inner_state = inner.update(updates, state.inner, params, **extra)
-            done = _ends_an_update(state.inner, inner_state)
+            done = ends_an_update(state.inner, inner_state)
             return out, state._replace(step=state.step + done, inner=inner_state)
         flat_params: tuple[list[Any], Any] = jax.tree.flatten(params)
         leaves, structure = flat_params
@@ -209,7 +209,7 @@ def sparsify(
             **extra,
         )
         flat = structure.flatten_up_to(steps)
-        done = _ends_an_update(state.inner, inner_state)
+        done = ends_an_update(state.inner, inner_state)
         moved = algorithm.moved([flat[p] for p in places], weights, own, state.step, done)
         dense = []
         for site, mask, step, weight, there in zip(sites, new, moved, weights, sparse):
@@ -256,7 +256,7 @@ def _starts_an_update(state: Any) -> jax.Array:
     return jnp.all(jnp.stack(fresh)) if fresh else jnp.asarray(True)
 
 
-def _ends_an_update(before: Any, after: Any) -> jax.Array:
+def ends_an_update(before: Any, after: Any) -> jax.Array:
     """Whether this update was a real one, 1 or 0."""
     pairs = zip(_accumulators(before), _accumulators(after))
     done = [(b.gradient_step != a.gradient_step) for b, a in pairs]
