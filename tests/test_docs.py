@@ -21,7 +21,18 @@ PAGES = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("index", "guide", "training", "statistics", "command-line", "design")
+        for name in (
+            "index",
+            "guide",
+            "pruning",
+            "solvers",
+            "gates",
+            "iterative",
+            "training",
+            "statistics",
+            "command-line",
+            "design",
+        )
     ),
 ]
 
