@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from jaxcompress.pruning import n_of_m_mask, top_mask
-from jaxcompress.pruning.solvers import SparseGPT, sparsegpt
+from jaxcompress.pruning.solvers import sparsegpt
 
 from common import Row, row, show  # isort: skip
 
@@ -68,32 +67,6 @@ class Quality:
         return float(cosine), self._benchmarks.wordsim(np.asarray(words))
 
 
-def by_scores(params: Any, pattern: str | None, score: Callable[..., Any]) -> Any:
-    """The params with the half of least score of each encoder kernel, `[in, out]`, removed."""
-    params = jax.tree.map(lambda x: x, params)
-    for name, block in params["encoder"].items():
-        for module, layer in _dense_layers(block, f"encoder/{name}"):
-            w = layer["kernel"]
-            scores, by_output = score(f"{module}/kernel", w)
-            if pattern is not None:
-                mask = n_of_m_mask(scores, 2, 4, axis=0)
-            elif by_output:
-                choose = lambda x: top_mask(x, len(x) // 2)
-                mask = jax.jit(jax.vmap(choose, 1, 1))(scores)
-            else:
-                mask = top_mask(scores, w.size // 2)
-            layer["kernel"] = jnp.where(mask, w, 0)
-    return params
-
-
-def _dense_layers(tree: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, child in tree.items():
-        if isinstance(child, dict):
-            if "kernel" in child:
-                yield f"{path}/{name}", child
-            yield from _dense_layers(child, f"{path}/{name}")
-
-
 def compile_seconds(inputs: int, outputs: int) -> float:
     """Seconds to compile the solver for one shape."""
     gram = jax.ShapeDtypeStruct((inputs, inputs), jnp.float32)
@@ -113,22 +86,16 @@ def run(quick: bool = False) -> list[Row]:
     batches = calibration(documents[EVALUATED:], 16 if quick else 128)
     stats = jc.observe(apply, params, batches, ("gram",), leaves=(KERNELS,))
 
-    def magnitude(path: str, w: jax.Array) -> tuple[jax.Array, bool]:
-        return jnp.abs(w), False
-
-    def wanda(path: str, w: jax.Array) -> tuple[jax.Array, bool]:
-        ((_, found),) = stats[path].items()
-        return jnp.abs(w) * jnp.sqrt(jnp.diagonal(found.gram))[:, None], True
-
     rows = []
     for name, pattern in PATTERNS.items():
+        pruned = lambda spec: jc.compress(params, {KERNELS: spec}, stats=stats)
         start = time.perf_counter()
-        spec = SparseGPT(0.5, pattern=pattern)
-        small = jc.compress(params, {KERNELS: spec}, stats=stats)
+        small = jax.block_until_ready(pruned(jc.SparseGPT(0.5, pattern=pattern)))
         seconds = time.perf_counter() - start
         solved = quality.of(jc.decompress(small))
-        weak = quality.of(by_scores(params, pattern, magnitude))
-        middle = quality.of(by_scores(params, pattern, wanda))
+        weak = quality.of(jc.decompress(pruned(jc.Prune(0.5, pattern=pattern))))
+        wanda = jc.Prune(0.5, pattern=pattern, score="wanda")
+        middle = quality.of(jc.decompress(pruned(wanda)))
         for peer, theirs, ours, by in (
             ("magnitude", weak, middle, "Wanda"),
             ("Wanda", middle, solved, "SparseGPT"),

@@ -3,7 +3,7 @@
     python benchmarks/run.py [--quick] [--json PATH] [NAME ...]
 
 Names are those of the files beside this one: imports, quantize, kmeans, selection, forward, memory,
-sparsify, fake_quantize, observe, coding, command_line, mnist, minilm.
+sparsify, fake_quantize, observe, coding, command_line, one_shot, lenet_pruning, mnist, minilm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common import Row, show
 HERE = Path(__file__).parent
 NAMES = (
     "imports", "quantize", "kmeans", "selection", "forward", "memory", "sparsify", "fake_quantize",
-    "observe", "coding", "command_line", "mnist", "minilm",
+    "observe", "coding", "command_line", "one_shot", "lenet_pruning", "mnist", "minilm",
 )  # fmt: skip
 # Where pages happen to lie moves a memory-bound program by a tenth from one process to the next,
 # so these run in several, and the median ratio of each row counts.

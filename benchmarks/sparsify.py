@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxcompress as jc
+from jaxcompress import pruning
 
 from common import Row, interleaved, row, show  # isort: skip
 
@@ -70,6 +71,91 @@ def wrapped(every: int, scope: str = "local") -> optax.GradientTransformation:
     return jc.sparsify(optax.adam(1e-3), jc.pruning.magnitude(scope=scope), schedule, RULES)
 
 
+ALGORITHMS = {
+    "magnitude": pruning.magnitude(),
+    "global": pruning.magnitude(scope="global"),
+    "static": pruning.random(),
+    "SET": pruning.set_(),
+    "RigL": pruning.rigl(),
+    "AC/DC": pruning.magnitude(),
+}
+ACCUMULATING = {
+    "movement": pruning.movement(),
+    "SNFS": pruning.snfs(),
+    "DSR": pruning.dsr(),
+}
+
+
+def algorithm(name: str, every: int) -> optax.GradientTransformation:
+    """Adam under `sparsify` at 90% by one of the algorithms."""
+    schedule = pruning.periodic(0.9, every=every)
+    if name == "static":
+        schedule = pruning.one_shot(0.9)
+    if name == "AC/DC":  # a phase is `every` updates long
+        schedule = pruning.cyclic_schedule(
+            0.9, sparse=every, dense=every, begin=0, end=2**30 // every * every
+        )
+    chosen = {**ALGORITHMS, **ACCUMULATING}[name]
+    return jc.sparsify(optax.adam(1e-3), chosen, schedule, RULES)
+
+
+class Pass:
+    """One pass over the weights: a second copy of them is brought up to date from the gradients."""
+
+    def __init__(self) -> None:
+        params, _, _ = network()
+        kernels = [layer["kernel"] for layer in params.values()]
+
+        def step(state):
+            scores, grads = state
+            return [0.9 * s + 0.1 * g for s, g in zip(scores, grads)], grads
+
+        self.state = (kernels, [x + 1 for x in kernels])
+        self.step = jax.jit(step, donate_argnums=0).lower(self.state).compile()
+
+    def __call__(self) -> Any:
+        self.state = self.step(self.state)
+        return self.state
+
+
+def of_algorithms(rounds: int) -> list[Row]:
+    """The mean step of each algorithm, refreshed every 100 updates, against plain Adam."""
+    rows = []
+    plain = Loop(optax.adam(1e-3))
+    for name in ALGORITHMS:
+        # Two loops alone: between choices, and one that chooses at each step.
+        seldom = Loop(algorithm(name, 2**29))
+        seldom()
+        loops = {"plain": plain, "between": seldom}
+        if name != "static":
+            loops["refresh"] = Loop(algorithm(name, 1))
+        t = interleaved(loops, rounds=rounds)
+        mean = (99 * t["between"] + t.get("refresh", t["between"])) / 100
+        rows.append(
+            row(f"mean, {name}, every 100", mean, "plain optax.adam", t["plain"], at_most=1.1)
+        )
+    return rows
+
+
+def of_accumulation(rounds: int) -> list[Row]:
+    """The optimizer alone: what is added to that of `magnitude`, against one pass."""
+    loops: dict[str, Any] = {"pass": Pass(), "magnitude": never(alone=True)}
+    for name in ACCUMULATING:
+        loops[name] = Loop(algorithm(name, 2**29), alone=True)
+        loops[name]()
+    t = interleaved(loops, rounds=rounds)
+    return [
+        row(
+            f"optimizer alone, {name}: beyond magnitude",
+            max(0.0, t[name] - t["magnitude"]),
+            "one pass over score and gradient",
+            t["pass"],
+            at_most=1,
+        )
+        for name in ACCUMULATING
+    ]
+
+
 def never(**kwargs: Any) -> Loop:
     """A loop under `sparsify` that never comes to the next refresh, masks already chosen."""
     loop = Loop(wrapped(2**30), **kwargs)
@@ -103,6 +189,8 @@ def run(quick: bool = False) -> list[Row]:
         against("mean, global, every 10", mean("refresh, global", 10)),
         alone("optimizer alone, without refresh", t["optimizer, between"]),
         alone("optimizer alone, with refresh", t["optimizer, refresh"]),
+        *of_algorithms(rounds),
+        *of_accumulation(rounds),
     ]
 
 

@@ -230,7 +230,7 @@ def lottery_ticket(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> train = lambda params, masks, round: {"kernel": params["kernel"][::-1]}
+      >>> train = lambda params, masks, round: {"kernel": jnp.flip(params["kernel"])}
       >>> params, rules = {"kernel": jnp.array([1.0, 2.0, 3.0, 4.0])}, {"*": "unstructured"}
       >>> *_, last = lottery_ticket(train, params, sparsity=0.5, rounds=1, rules=rules)
       >>> last.start["kernel"].tolist()

@@ -83,8 +83,8 @@ def lamp(scores: jax.Array, signed: bool = False) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> [round(float(x), 4) for x in lamp(jnp.array([1.0, -2.0, 3.0]))]
-      [0.0714, 0.3077, 1.0]
+      >>> tuple(round(float(x), 4) for x in lamp(jnp.array([1.0, -2.0, 3.0])))
+      (0.0714, 0.3077, 1.0)
     """
     if not scores.size:
         return scores.astype(jnp.float32)

@@ -211,8 +211,9 @@ def static(masks: Any = None) -> Algorithm:
       >>> tx = jc.sparsify(
       ...     optax.sgd(1.0), static(), jc.pruning.one_shot(0.5), {"kernel": "unstructured"}
       ... )
-      >>> tx.update({"kernel": jnp.ones((1, 2))}, tx.init(params), params)[0]["kernel"].tolist()
-      [[-0.0, -1.0]]
+      >>> updates, state = tx.update({"kernel": jnp.ones((1, 2))}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["kernel"].tolist()
+      [[0.0, 1.0]]
     """
     found = None
     if masks is not None:

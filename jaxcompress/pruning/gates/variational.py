@@ -43,8 +43,8 @@ class VariationalDropoutArray(GaussianArray):
     Example:
       >>> import jax.numpy as jnp
       >>> leaf = VariationalDropout()(jnp.array([1.0, 0.001]))
-      >>> [round(float(x), 2) for x in leaf.log_alpha()]
-      [-10.0, 3.82]
+      >>> tuple(round(float(x), 2) for x in leaf.log_alpha())
+      (-10.0, 3.82)
       >>> leaf.pruned().tolist()
       [1.0, 0.0]
     """

@@ -241,7 +241,8 @@ def gate_report(tree: Any) -> GateReport:
       >>> from jaxcompress.pruning import gates
       >>> w = {"kernel": jnp.array([3.0, 4.0, 0.0005])}
       >>> report = gates.gate_report(jc.compress(w, {"kernel": gates.VariationalDropout()}))
-      >>> report, round(report.rows[0]["largest"], 6), round(report.rows[0]["relative"], 6)
+      >>> row = report.rows[0]
+      >>> report, round(row["largest"], 6), round(row["relative"], 6)
       (GateReport(1 leaves, 2 of 3 kept, 33.33% sparse), 0.0005, 0.0001)
     """
     rows = [_row(path, leaf.quiet()) for path, leaf in _gates(tree)]

@@ -87,8 +87,9 @@ def lamp(params: Any, *, axes: Mapping[str, KernelAxes] | None = None) -> Any:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> [round(float(x), 4) for x in lamp({"w": jnp.array([1.0, -2.0, 3.0])})["w"]]
-      [0.0714, 0.3077, 1.0]
+      >>> scores = lamp({"w": jnp.array([1.0, -2.0, 3.0])})
+      >>> tuple(round(float(x), 4) for x in scores["w"])
+      (0.0714, 0.3077, 1.0)
     """
     weights = Weights.of(params)
     return weights.scores(

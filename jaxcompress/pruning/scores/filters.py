@@ -136,10 +136,10 @@ def batch_norm_slimming(
       Liu et al., *Learning Efficient Convolutional Networks Through Network Slimming*, 2017.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> params = {"conv": {"kernel": jnp.ones((1, 2))}, "bn": {"scale": jnp.array([0.5, -2.0])}}
       >>> scores = batch_norm_slimming(params, {"conv/kernel": "bn/scale"})
-      >>> scores["conv"]["kernel"].tolist()
+      >>> jax.tree.leaves(scores)[0].tolist()
       [[0.5, 2.0]]
     """
     weights = Weights.of(params)

@@ -62,8 +62,8 @@ def obs(w: jax.Array, gram: jax.Array, kept: int, *, damping: float = 1e-4) -> S
       >>> import jax.numpy as jnp
       >>> gram = jnp.array([[1.0, 0.9], [0.9, 1.0]])  # the inputs are nearly the same,
       >>> found = obs(jnp.array([[1.0], [2.0]]), gram, 1, damping=0.0)
-      >>> [round(float(x), 3) for x in found.weight[:, 0]]  # so that one does the work of both
-      [0.0, 2.9]
+      >>> tuple(round(float(x), 3) for x in found.weight.ravel())  # so that one does the work of both
+      (0.0, 2.9)
     """
     _check(w, gram, kept, damping, "obs")
     if not w.size:
@@ -104,8 +104,8 @@ def layerwise_obs(w: jax.Array, gram: jax.Array, kept: int, *, damping: float = 
       >>> import jax.numpy as jnp
       >>> gram = jnp.array([[1.0, 0.9], [0.9, 1.0]])
       >>> found = layerwise_obs(jnp.array([[1.0], [2.0]]), gram, 1, damping=0.0)
-      >>> [round(float(x), 3) for x in found.weight[:, 0]]
-      [0.0, 2.9]
+      >>> tuple(round(float(x), 3) for x in found.weight.ravel())
+      (0.0, 2.9)
     """
     _check(w, gram, kept, damping, "layerwise_obs")
     if not w.size:
