@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import _digits
 import _mnist
 import assets
+import gates
 import lenet
 import loop_linen
 import loop_nnx
@@ -135,3 +136,16 @@ def test_five_thousand_images_split_once(tmp_path, monkeypatch):
     lenet.main()
     rows = json.loads((tmp_path / "r").read_text())
     assert rows[1]["nonzeros"] == jc.pruning.kept_count(266_200, 0.95)
+
+
+@pytest.mark.slow
+def test_gates_are_trained_stored_and_tested_from_their_files(digits, tmp_path):
+    params = gates.train(gates.METHODS["hard concrete"], digits, 6, 0)
+    row = gates.stage("hard concrete", params, digits, tmp_path)
+    assert row["after"] == row["before"]  # hard concrete gates have no gap
+    assert row["gap"] == 0
+    assert row["after"] > 90
+    assert 0 < row["kept"] < row["size"]
+    console = Console(record=True, width=120)
+    gates.show([row], console)
+    assert "hard concrete" in console.export_text()
