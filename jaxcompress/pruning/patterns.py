@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,23 @@ def is_n_of_m(pattern: str) -> bool:
     return isinstance(pattern, str) and re.match(r"\d+:\d+", pattern) is not None
 
 
+def check_pattern(pattern: Any) -> None:
+    """Refuses what is no pattern of any weight.
+
+    Raises:
+      SpecError: saying what to write.
+    """
+    if not isinstance(pattern, str):
+        raise SpecError(
+            f"pattern={pattern!r}: write one of {', '.join(KINDS)} (in quotes, for YAML reads 2:4 "
+            "as a number)"
+        )
+    if is_n_of_m(pattern):
+        parse_pattern(pattern.partition("@")[0])
+    elif pattern not in KINDS and not re.fullmatch(r"block:[1-9]\d*x[1-9]\d*", pattern):
+        raise SpecError(f"{pattern!r} is no pattern; write one of {', '.join(KINDS)}")
+
+
 def lay(pattern: str, shape: tuple[int, ...], axes: KernelAxes) -> Pattern:
     """Lays a pattern on a weight.
 
@@ -128,8 +146,7 @@ def lay(pattern: str, shape: tuple[int, ...], axes: KernelAxes) -> Pattern:
         """A box over every axis but some."""
         return tuple(1 if a - ndim in but else max(1, n) for a, n in enumerate(shape))
 
-    if not isinstance(pattern, str):
-        raise SpecError(f"{pattern!r} is no pattern; write one of {', '.join(KINDS)}")
+    check_pattern(pattern)
     if pattern == "unstructured":
         return Pattern(pattern, ones)
     if is_n_of_m(pattern):
@@ -141,8 +158,8 @@ def lay(pattern: str, shape: tuple[int, ...], axes: KernelAxes) -> Pattern:
         box[inside(max(axes.input))] = int(found[1])
         if axes.output:
             box[inside(max(axes.output))] = int(found[2])
-        if 0 in box or not (axes.output or int(found[2]) == 1):
-            raise SpecError(f"{pattern!r} does not fit shape {shape}: write such as 'block:4x4'")
+        if not axes.output and int(found[2]) != 1:
+            raise SpecError(f"{pattern!r} does not fit shape {shape}: write 'block:{found[1]}x1'")
         return Pattern(pattern, tuple(box))
     if pattern == "layer":
         return Pattern(pattern, whole())
@@ -153,9 +170,7 @@ def lay(pattern: str, shape: tuple[int, ...], axes: KernelAxes) -> Pattern:
         return Pattern(pattern, whole(max(axes.input)))
     if pattern == "filter":
         return Pattern(pattern, whole(max(axes.output, default=-1)))
-    if pattern == "head":
-        return Pattern(pattern, whole(_head_axis(pattern, shape, axes)))
-    raise SpecError(f"{pattern!r} is no pattern; write one of {', '.join(KINDS)}")
+    return Pattern(pattern, whole(_head_axis(pattern, shape, axes)))
 
 
 def _axis(pattern: str, text: str, ndim: int) -> int:

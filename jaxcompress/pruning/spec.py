@@ -15,7 +15,14 @@ from jaxcompress.arrays.base import is_compressed
 from jaxcompress.arrays.sparse import SparseArray, best_layout, encode
 from jaxcompress.errors import SpecError, ValuesNeededError
 from jaxcompress.pruning.norms import input_norms
-from jaxcompress.pruning.patterns import Pattern, count, is_n_of_m, lay, parse_pattern
+from jaxcompress.pruning.patterns import (
+    Pattern,
+    check_pattern,
+    count,
+    is_n_of_m,
+    lay,
+    parse_pattern,
+)
 from jaxcompress.pruning.select import kept_count, n_of_m_mask, top_mask
 from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
 
@@ -81,6 +88,8 @@ class Prune(Spec):
             )
         if self.score not in SCORES:
             raise SpecError(f"score={self.score!r}: write one of {', '.join(SCORES)}")
+        if self.pattern is not None:
+            check_pattern(self.pattern)
         if self.pattern is not None and self.sparsity is not None and is_n_of_m(self.pattern):
             n, m = parse_pattern(self.pattern.partition("@")[0])
             if not math.isclose(1 - n / m, self.sparsity, abs_tol=1e-6):

@@ -387,7 +387,7 @@ def test_bad_input():
         init({"kernel": "unstructured"})
     with pytest.raises(jc.RuleError, match="'dense' is no pattern; write one of unstructured"):
         init({"**/kernel": "dense"})
-    with pytest.raises(jc.RuleError, match=r"0\.5 is no pattern; write one of unstructured"):
+    with pytest.raises(jc.RuleError, match=r"pattern=0\.5: write one of unstructured"):
         init({"**/kernel": 0.5})
     with pytest.raises(jc.RuleError, match="'step' of int32, and only floating arrays"):
         init({"*": "unstructured"}, {"step": jnp.zeros((), jnp.int32)})
