@@ -86,6 +86,20 @@ def auto(fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
     return jax.sharding.auto_axes(fn, out_sharding=spec)(x)
 
 
+def auto_like(fn: Callable[..., Any], args: Any, like: Any) -> Any:
+    """`fn(*args)`; where any of these lie by Explicit axes, with Auto ones inside.
+
+    Its outcome then lies like `like`, of the same structure.
+    """
+    explicit = [x for x in jax.tree.leaves(args) if is_explicit(x)]
+    if not explicit:
+        return fn(*args)
+    places = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
+    # Without a mesh in the context, nothing would be made Auto.
+    with jax.sharding.use_abstract_mesh(jax.typeof(explicit[0]).sharding.mesh):
+        return jax.sharding.auto_axes(fn, out_sharding=places)(*args)
+
+
 def with_equations(jaxpr: Jaxpr, invars: Sequence[Any], eqns: Sequence[JaxprEqn]) -> Jaxpr:
     """A jaxpr with fewer inputs and equations; the names of its arguments no longer fit."""
     debug = jaxpr.debug_info._replace(arg_names=None) if jaxpr.debug_info else None

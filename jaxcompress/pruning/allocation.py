@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
@@ -68,7 +69,8 @@ def lamp(scores: jax.Array, signed: bool = False) -> jax.Array:
     """Layer-adaptive magnitudes: scores of one weight that compare between weights.
 
     `lamp_u = s_u**2 / sum_{v: s_v >= s_u} s_v**2`, so that the largest of each weight has 1 and
-    no weight is removed as a whole. Within a weight the order is that of the scores.
+    no weight is removed as a whole. Within a weight the order is that of the scores; of equal ones,
+    that of the lowest index counts as the larger.
 
     Args:
       scores: of one weight; magnitudes count, unless `signed`: then those below zero give
@@ -96,6 +98,7 @@ def lamp(scores: jax.Array, signed: bool = False) -> jax.Array:
     squares = jnp.square(magnitude[::-1][order])
     above = jnp.cumsum(squares[::-1])[::-1]
     share = jnp.where(above > 0, squares / jnp.where(above > 0, above, 1), 0)
+    share = lax.cummax(share)  # against the rounding of the sum, which could change the order
     out = jnp.zeros_like(share).at[order].set(share)[::-1]
     if signed:
         out = jnp.where(x < 0, -jnp.inf, out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcompress.errors import SpecError
-from jaxcompress.pruning.penalties import Penalty, Rules, checked, group_norms, scaled_groups
+from jaxcompress.pruning.checks import check_share, check_strength
+from jaxcompress.pruning.penalties import Penalty, Rules, group_norms, scaled_groups
 from jaxcompress.pruning.sites import Site
 from jaxcompress.rules import KernelAxes
 
@@ -85,10 +84,9 @@ def growl(
       >>> float(penalty({"kernel": jnp.array([[3.0, 4.0], [0.0, 2.0]])}))
       9.5
     """
-    if not isinstance(share, numbers.Real) or not 0 <= share <= 1:
-        raise SpecError(f"share={share!r}: write the share of groups, from 0 to 1")
-    spread = checked(spread, "spread")
-    return _Growl(dict(rules), axes, checked(strength), spread, float(share))
+    share = check_share("share", share, "the share of groups")
+    spread = check_strength("spread", spread)
+    return _Growl(dict(rules), axes, check_strength("strength", strength), spread, share)
 
 
 def owl_prox(norms: jax.Array, weights: jax.Array) -> jax.Array:

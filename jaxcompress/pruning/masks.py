@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxcompress import compat
 from jaxcompress.errors import SpecError
 from jaxcompress.input_stats import InputStats
 from jaxcompress.pruning.choice import Choice, Counts, check_choice, check_units
 from jaxcompress.pruning.sites import find_sites
-from jaxcompress.rules import KernelAxes, flatten
+from jaxcompress.rules import KernelAxes, default_axes, flatten
 
 
 def make_masks(
@@ -74,8 +76,11 @@ def make_masks(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _chosen(choice: Choice, scores: list[jax.Array], counts: Counts) -> list[jax.Array]:
-    units = [site.pattern.pooled(x, signed=True) for site, x in zip(choice.sites, scores)]
-    return choice.spread(choice.take(units, counts, signed=True))
+    def run(scores: list[jax.Array], counts: Counts) -> list[jax.Array]:
+        units = choice.pooled(scores, signed=True)
+        return choice.spread(choice.take(units, counts, signed=True))
+
+    return compat.auto_like(run, (scores, counts), scores)
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
@@ -155,12 +160,14 @@ def count_kept(masks: Any) -> int:
     return sum(int(np.count_nonzero(np.asarray(m))) for m in jax.tree.leaves(masks))
 
 
-def sparse_bytes(params: Any, masks: Any) -> int:
+def sparse_bytes(params: Any, masks: Any, *, axes: Mapping[str, KernelAxes] | None = None) -> int:
     """What the masked leaves take once `Prune()` has stored them, indices included.
 
     Args:
       params: the tree, whose dtypes count.
-      masks: masks in its structure.
+      masks: masks in its structure. In a stack each weight is stored with as many values as the
+        fullest has.
+      axes: the input and output axes of leaves by path, from `kernel_axes`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -168,10 +175,23 @@ def sparse_bytes(params: Any, masks: Any) -> int:
       72
     """
     total = 0
-    for x, m in _pairs(params, masks):
-        where = np.flatnonzero(np.asarray(m))
-        total += len(where) * x.dtype.itemsize + _index_bytes(where, m.size)
+    for path, x, mask in _masked_leaves(params, masks):
+        batch = (axes or {}).get(path, default_axes(path, mask.ndim)).batch_ndim(mask.ndim)
+        size = math.prod(mask.shape[batch:])
+        layers = [np.flatnonzero(m) for m in np.asarray(mask).reshape(-1, size)] if size else []
+        kept = max(map(len, layers), default=0)
+        layers = [_filled_up(where, kept, size) for where in layers]
+        each = kept * x.dtype.itemsize + max((_index_bytes(w, size) for w in layers), default=0)
+        total += len(layers) * each
     return total
+
+
+def _filled_up(where: np.ndarray, kept: int, size: int) -> np.ndarray:
+    """The places of a weight of a stack with the first zeros up to as many as the fullest has."""
+    if len(where) == kept:
+        return where
+    free = np.setdiff1d(np.arange(size), where)
+    return np.sort(np.concatenate([where, free[: kept - len(where)]]))
 
 
 def _index_bytes(where: np.ndarray, size: int) -> int:
@@ -222,8 +242,7 @@ def multiplications(
     return total / examples
 
 
-def _pairs(params: Any, masks: Any) -> list[tuple[Any, Any]]:
-    flat: tuple[list[Any], Any] = jax.tree.flatten(params)
-    leaves, structure = flat
-    slots = structure.flatten_up_to(masks)
-    return [(x, m) for x, m in zip(leaves, slots) if hasattr(m, "shape")]
+def _masked_leaves(params: Any, masks: Any) -> list[tuple[str, Any, Any]]:
+    """The path, array and mask of each leaf that has one."""
+    leaves = dict(flatten(params)[0])
+    return [(path, leaves[path], m) for path, m in flatten(masks)[0] if hasattr(m, "shape")]

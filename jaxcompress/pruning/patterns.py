@@ -139,6 +139,8 @@ def lay(pattern: str, shape: tuple[int, ...], axes: KernelAxes) -> Pattern:
       (3, 3, 16, 1)
     """
     ndim = len(shape)
+    if not axes.input and pattern not in ("unstructured", "filter", "layer"):
+        raise SpecError(f"{pattern!r} needs an input axis, and there is none: write 'filter'")
     ones = (1,) * ndim
     inside = lambda axis: ndim + axis
 

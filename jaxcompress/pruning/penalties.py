@@ -7,8 +7,6 @@ update of an optimizer, which is what makes zeros exact.
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +17,7 @@ from jax import lax
 
 from jaxcompress.errors import RuleError, SpecError
 from jaxcompress.numerics import unit_scale
+from jaxcompress.pruning.checks import check_positive, check_share, check_strength
 from jaxcompress.pruning.patterns import Pattern
 from jaxcompress.pruning.sites import Site, find_sites
 from jaxcompress.rules import KernelAxes
@@ -164,7 +163,7 @@ def l1(strength: float, rules: Rules, *, axes: Mapping[str, KernelAxes] | None =
       >>> float(penalty({"kernel": jnp.array([1.0, -3.0])}))
       2.0
     """
-    return _GroupLasso(dict(rules), axes, checked(strength), 0.0, False)
+    return _GroupLasso(dict(rules), axes, check_strength("strength", strength), 0.0, False)
 
 
 def group_lasso(
@@ -198,7 +197,9 @@ def group_lasso(
       >>> float(penalty({"kernel": jnp.array([[3.0, 4.0], [0.0, 0.0]])}))
       5.0
     """
-    return _GroupLasso(dict(rules), axes, 0.0, checked(strength), bool(size_weights))
+    return _GroupLasso(
+        dict(rules), axes, 0.0, check_strength("strength", strength), bool(size_weights)
+    )
 
 
 def sparse_group_lasso(
@@ -234,9 +235,8 @@ def sparse_group_lasso(
       >>> float(penalty({"kernel": jnp.array([[3.0, 4.0], [0.0, 0.0]])}))
       6.0
     """
-    if not isinstance(mix, numbers.Real) or not 0 <= mix <= 1:
-        raise SpecError(f"mix={mix!r}: write the share of the lasso, from 0 to 1")
-    both, mix = checked(strength), float(mix)
+    mix = check_share("mix", mix, "the share of the lasso")
+    both = check_strength("strength", strength)
     return _GroupLasso(dict(rules), axes, both * mix, both * (1 - mix), bool(size_weights))
 
 
@@ -286,14 +286,5 @@ def weight_elimination(
       >>> float(penalty({"kernel": jnp.array([2.0, 0.0])}))
       0.5
     """
-    scale = checked(scale, "scale")
-    if not scale:
-        raise SpecError("scale=0: write the magnitude w0 of a weight that counts half, above 0")
-    return _Elimination(dict(rules), axes, checked(strength), scale)
-
-
-def checked(x: Any, name: str = "strength") -> float:
-    """A number of at least 0, or what to write instead."""
-    if not isinstance(x, numbers.Real) or not 0 <= float(x) < math.inf:
-        raise SpecError(f"{name}={x!r}: write a number of at least 0, such as 1e-4")
-    return float(x)
+    scale = check_positive("scale", scale, 1.0)
+    return _Elimination(dict(rules), axes, check_strength("strength", strength), scale)

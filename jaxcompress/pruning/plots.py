@@ -74,7 +74,8 @@ def _draw_schedule(axes: Any, schedule: Schedule, step: int | None) -> None:
     last = max(last, step or 0, schedule.begin + 1)
     steps = jnp.asarray(np.unique(np.linspace(0, 1.1 * last, 2000).astype(np.int32)))
     axes.plot(steps, 100 * np.asarray(schedule.sparsity(steps)), color="C0")
-    due = steps[np.asarray(schedule.refreshes(steps))]
+    every = np.arange(schedule.begin, min(schedule.end, last) + 1, dtype=np.int32)
+    due = jnp.asarray(every[np.asarray(schedule.refreshes(jnp.asarray(every)))])
     axes.plot(due, 100 * np.asarray(schedule.sparsity(due)), "|", color="C1", label="masks chosen")
     if step is not None:
         axes.axvline(step, color="C3", linestyle="--", label=f"now, update {step:,}")

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.penalties import Penalty, checked, wide
+from jaxcompress.pruning.checks import check_strength
+from jaxcompress.pruning.penalties import Penalty, wide
 from jaxcompress.pruning.wrapper import ends_an_update
 
 
@@ -29,7 +31,7 @@ class ProximalState(NamedTuple):
 def proximal(
     inner: optax.GradientTransformation,
     penalty: Penalty,
-    learning_rate: float | Callable[[jax.Array], Any],
+    learning_rate: float | jax.Array | Callable[[jax.Array], Any],
 ) -> optax.GradientTransformationExtraArgs:
     """Applies the prox of a penalty after each update of `inner`; what it takes away is zero.
 
@@ -49,15 +51,17 @@ def proximal(
     Args:
       inner: the optimizer.
       penalty: `l1`, `group_lasso`, `sparse_group_lasso` or `growl`.
-      learning_rate: what the strength is multiplied by: that of the optimizer, a float or a
-        schedule.
+      learning_rate: what the strength is multiplied by: that of the optimizer, a float, a scalar
+        array or a schedule. To change it between steps, write
+        `optax.inject_hyperparams(proximal, static_args=("inner", "penalty"))`.
 
     Returns:
       An optax transformation; its `update` needs the params.
 
     Raises:
       RuleError: from `init`, for a rule that matches nothing, or a pattern without groups.
-      SpecError: for what is no penalty or has no prox, and from `update` without params.
+      SpecError: for what is no penalty or has no prox, a learning rate that is no number of at
+        least 0 (where it is concrete), and from `update` without params.
 
     References:
       Parikh and Boyd, *Proximal Algorithms*, 2014.
@@ -77,7 +81,7 @@ def proximal(
             "and growl, or add the penalty to the loss"
         )
     if not callable(learning_rate):
-        learning_rate = checked(learning_rate, "learning_rate")
+        learning_rate = _rate(learning_rate)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> ProximalState:
@@ -105,3 +109,19 @@ def proximal(
         return jax.tree.unflatten(structure, moves), ProximalState(state.step + done, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rate(x: Any) -> Any:
+    """A number or a scalar array of numbers; what is traced is known by its type alone."""
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        return check_strength("learning_rate", x, 0.1)
+    if (
+        x.shape
+        or not jnp.issubdtype(x.dtype, jnp.number)
+        or jnp.issubdtype(x.dtype, jnp.complexfloating)
+    ):
+        raise SpecError(
+            f"learning_rate: an array of {x.dtype} and shape {tuple(x.shape)} is no rate; write a "
+            "number or a scalar array of at least 0, such as 0.1"
+        )
+    return x if isinstance(x, jax.core.Tracer) else check_strength("learning_rate", x.item(), 0.1)

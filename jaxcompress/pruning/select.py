@@ -54,6 +54,7 @@ def signed_order_bits(scores: jax.Array) -> jax.Array:
     """Floats as uint32 keys in the same order, the negative ones first, NaN above infinity."""
     bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(2**31)
+    bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # minus zero is zero
     keys = jnp.where(bits >= sign, ~bits, bits | sign)
     return jnp.where(jnp.isnan(scores), jnp.uint32(2**32 - 2), keys)
 

@@ -24,6 +24,7 @@ class Site:
     Attributes:
       place: its place among the flat leaves of the params.
       path: its path.
+      key: the path of its array as jax writes it, which leads into a compressed leaf.
       shape: its shape; `batch_ndim` leading axes are a stack.
       batch_ndim: see above.
       pattern: what is kept or removed together.
@@ -31,6 +32,7 @@ class Site:
 
     place: int
     path: str
+    key: str
     shape: tuple[int, ...]
     batch_ndim: int
     pattern: Pattern
@@ -54,12 +56,16 @@ def find_sites(
     if not leaves:  # optax asks for the state of a tree without leaves, to see its structure
         return []
     check_axes(axes, leaves)
+    keys = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
     sites, place = [], 0
     for (path, leaf), hit in zip(leaves, match(rules, [path for path, _ in leaves])):
         size = len(jax.tree.leaves(leaf))
         if hit is not None and hit[1] is not None:
             array, offset = _dense_weight(path, leaf, hit[0])
-            sites.append(_site(place + offset, path, array, hit, axes))
+            at = place + offset
+            sites.append(_site(at, path, keys[at], array, hit, axes))
         place += size
     return sites
 
@@ -88,7 +94,12 @@ def _dense_weight(path: str, leaf: Any, pattern: str) -> tuple[Any, int]:
 
 
 def _site(
-    place: int, path: str, array: Any, hit: tuple[str, Any], axes: Mapping[str, KernelAxes]
+    place: int,
+    path: str,
+    key: str,
+    array: Any,
+    hit: tuple[str, Any],
+    axes: Mapping[str, KernelAxes],
 ) -> Site:
     pattern, kind = hit
     if array.ndim == 0:
@@ -102,7 +113,7 @@ def _site(
         laid = lay(kind, shape[batch:], where)
     except SpecError as error:
         raise RuleError(f"rule {pattern!r}: {path!r}: {error}") from None
-    return Site(place, path, shape, batch, laid)
+    return Site(place, path, key, shape, batch, laid)
 
 
 def check_ends(sites: Sequence[Site], schedule: Schedule) -> None:
@@ -124,7 +135,9 @@ def check_finite(sites: Sequence[Site], leaves: Sequence[Any]) -> None:
         array = leaves[site.place]
         if isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct)):
             continue
-        if bad := int(jnp.sum(~jnp.isfinite(array))):
+        with jax.ensure_compile_time_eval():  # also where a trace is under way
+            bad = int(jnp.sum(~jnp.isfinite(array)))
+        if bad:
             raise SpecError(
                 f"{site.path}: {bad} of {array.size} weights are NaN or infinite; mend them, for "
                 "instance with jnp.nan_to_num, before pruning"

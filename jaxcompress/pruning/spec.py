@@ -47,7 +47,8 @@ class Prune(Spec):
         the share counts: `block:RxC`, `vector`, `channel`, `filter`, `head`, `layer` (see
         `pruning.patterns`), by the mean score of their weights.
       score: `magnitude`, `|w|`; `wanda`, `|w| |x|` with the norm of the input that it meets,
-        compared within each output; or `random`. Wanda needs `compress(..., stats=...)`.
+        without a pattern compared within each output; or `random`. Wanda needs
+        `compress(..., stats=...)`.
 
     Raises:
       SpecError: for a sparsity outside of 0 to 1, an unknown score, or a pattern that says
@@ -126,7 +127,8 @@ class Prune(Spec):
         batch = axes.batch_ndim(leaf.ndim)
         shape = tuple(leaf.shape[batch:])
         size = math.prod(shape)
-        outputs = axes.output if self.score == "wanda" else ()
+        alone = self.pattern in (None, "unstructured")
+        outputs = axes.output if self.score == "wanda" and alone else ()
         try:
             laid = lay(self.pattern or "unstructured", shape, axes)
         except SpecError as error:

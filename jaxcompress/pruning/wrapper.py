@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxcompress import compat
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.algorithms import Algorithm, Moment
 from jaxcompress.pruning.choice import Choice, check_units
-from jaxcompress.pruning.moments import set_back
+from jaxcompress.pruning.moments import Memory, set_back
 from jaxcompress.pruning.schedules import Schedule
 from jaxcompress.pruning.select import has_nan
 from jaxcompress.pruning.sites import Site, check_ends, check_finite, find_sites
@@ -38,18 +39,6 @@ class SparsifyState(NamedTuple):
     nan: jax.Array
     inner: Any
     memory: Any
-
-
-class Memory(NamedTuple):
-    """What an algorithm keeps in the state of `sparsify`.
-
-    Attributes:
-      own: its scores, momenta or signs, in the order of the pruned leaves.
-      dense: the weights that the params are the masked image of, of an algorithm that keeps them.
-    """
-
-    own: Any
-    dense: Any
 
 
 def sparsify(
@@ -177,26 +166,31 @@ def sparsify(
         own = algorithm.follow(state.memory.own, weights, full, old, state.step)
         places = [site.place for site in sites]
 
-        def choose(i: jax.Array, chosen: Any) -> Any:
-            masks, _, own, inner_state = chosen
+        def choose(masks: Any, own: Any, i: Any, step: Any, weights: Any, full: Any) -> Any:
             # Tied to the turn of the loop, or a compiler would take the search out of it.
-            _, step, w, g = lax.optimization_barrier((i, state.step, weights, full))
+            _, step, w, g = lax.optimization_barrier((i, step, weights, full))
             ends = (schedule.initial, schedule.final)
             counts = choice.counts(ends, lambda first, last: schedule.kept(first, last, step))
             moment = Moment(w, g, masks, counts, step, step == schedule.begin)
             new, own = algorithm.choose(choice, moment, own)
+            return new, own, jnp.stack([has_nan(x) for x in w])
+
+        def turn(i: jax.Array, carried: Any) -> Any:
+            masks, own, nan, inner_state = carried
+            # A sort or a draw has no place on Explicit axes; the outcome lies as what it replaces.
+            args = (masks, own, i, state.step, weights, full)
+            new, own, nan = compat.auto_like(choose, args, (masks, own, nan))
             if regrows:
                 back = [a & ~b for a, b in zip(new, masks)]
-                fresh = inner.init(params)
-                inner_state = set_back(inner_state, fresh, params, places, back)
-            return new, jnp.stack([has_nan(x) for x in w]), own, inner_state
+                inner_state = set_back(inner_state, inner.init(params), params, places, back)
+            return new, own, nan, inner_state
 
         due = schedule.refreshes(state.step) & _starts_an_update(state.inner)
         # A loop of one turn or none: where a conditional would copy the masks that it does not
         # change, a loop hands them on in place.
         carried = state.inner if regrows else ()
-        new, nan, own, carried = lax.fori_loop(
-            0, due.astype(jnp.int32), choose, (old, state.nan, own, carried)
+        new, own, nan, carried = lax.fori_loop(
+            0, due.astype(jnp.int32), turn, (old, own, state.nan, carried)
         )
         before = carried if regrows else state.inner
         passed = algorithm.gradients(mine, weights, new, own)
@@ -210,7 +204,7 @@ def sparsify(
         )
         flat = structure.flatten_up_to(steps)
         done = ends_an_update(state.inner, inner_state)
-        moved = algorithm.moved([flat[p] for p in places], weights, own, state.step, done)
+        moved = algorithm.moved([flat[p] for p in places], new, own, state.step, done)
         dense = []
         for site, mask, step, weight, there in zip(sites, new, moved, weights, sparse):
             if algorithm.dense:

@@ -101,8 +101,7 @@ def test_signed_ranks_are_those_of_a_stable_sort(seed, k, ties):
         np.array([-np.inf, np.inf, 1e-42, -1e-42, 0.0, -0.0], np.float32), 3
     )
     found = np.asarray(top_mask(jnp.asarray(x), k, signed=True))
-    # -0.0 ranks below 0.0.
-    order = sorted(range(30), key=lambda i: (-x[i], np.signbit(x[i]), i))
+    order = sorted(range(30), key=lambda i: (-x[i], i))
     expected = np.zeros(30, bool)
     expected[order[:k]] = True
     np.testing.assert_array_equal(found, expected)
@@ -129,6 +128,21 @@ def test_lamp_is_its_formula():
     np.testing.assert_allclose(np.ravel(huge), expected, rtol=54 * 2**-23)
     assert lamp(jnp.zeros((0, 3))).shape == (0, 3)
     assert not np.any(lamp(jnp.zeros(4)))
+
+
+def test_lamp_keeps_the_order_of_many():
+    x = jax.random.normal(jax.random.key(0), (200_000,))
+    order = np.lexsort((-np.arange(200_000), np.abs(np.asarray(x))))
+    assert np.all(np.diff(np.asarray(lamp(x))[order]) >= 0)
+
+
+def test_bytes_of_stacks_are_those_of_the_fullest_layer():
+    scale = jnp.array([1.0, 2.0, 3.0, 9.0])[:, None, None]
+    params = {"kernel": scale * jax.random.normal(jax.random.key(0), (4, 32, 16))}
+    rules = {"kernel": "unstructured"}
+    masks = P.make_masks(P.scores.magnitude(params), 0.9, rules, scope="global")
+    stored = jc.Prune()(P.apply_masks(params, masks)["kernel"])
+    assert P.sparse_bytes(params, masks) == stored.nbytes
 
 
 def test_masks_under_lamp_are_a_global_threshold_on_its_scores():
@@ -242,6 +256,10 @@ def test_wanda_compares_within_each_output():
     other = {"kernel": jnp.ones((2, 4, 5))}
     with pytest.raises(jc.SpecError, match="the statistics are of 12 inputs and the weight has 4"):
         jc.compress(other, {"kernel": jc.Prune(0.5, score="wanda")}, stats=stats)
+    spec = jc.Prune(0.5, pattern="channel", score="wanda")
+    found = jc.compress(params, {"kernel": spec}, stats=stats)["kernel"].materialize()
+    expected = [reference_mask(layer.mean(1), 6) for layer in scores]
+    np.testing.assert_array_equal(np.any(found != 0, axis=2), expected)
     random = jc.compress(params, {"kernel": jc.Prune(0.5, score="random")}, key=jax.random.key(0))
     assert random["kernel"].kept == 30
     with pytest.raises(jc.SpecError, match="'random' draws: write compress"):

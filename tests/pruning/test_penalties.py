@@ -221,11 +221,30 @@ def test_zeros_are_exact_in_a_stack_of_bfloat16_under_adam_and_accumulation():
     assert float(ELIMINATION[0]({"w": jnp.full((1, 1), 1e30)})) == pytest.approx(0.7)
 
 
+def test_the_rate_may_be_an_array_and_change():
+    params = {"w": jnp.array([[0.5, -2.0]])}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    penalty, after = l1(2.0, RULES), lambda updates: (params["w"] + updates["w"]).tolist()
+    for rate in (0.5, np.float32(0.5), np.array(0.5), jnp.float32(0.5)):
+        tx = proximal(optax.sgd(0.5), penalty, rate)
+        assert after(tx.update(zeros, tx.init(params), params)[0]) == [[0.0, -1.0]]
+    make = optax.inject_hyperparams(proximal, static_args=("inner", "penalty"))
+    tx = make(optax.sgd(0.5), penalty, learning_rate=0.5)
+    state, update = tx.init(params), jax.jit(tx.update)
+    assert after(update(zeros, state, params)[0]) == [[0.0, -1.0]]
+    state.hyperparams["learning_rate"] = jnp.float32(0.125)
+    assert after(update(zeros, state, params)[0]) == [[0.25, -1.75]]
+
+
 def test_errors_say_what_to_write():
     params = {"w": jnp.ones((4, 4))}
     for bad in (
         lambda: l1(-1.0, RULES), lambda: growl(1.0, RULES, spread=1.0, share=2.0),
         lambda: sparse_group_lasso(1.0, RULES, mix=3.0), lambda: weight_elimination(1.0, RULES, scale=0),
+        lambda: l1(True, RULES), lambda: l1(10**400, RULES), lambda: growl(1.0, RULES, spread=np.nan),
+        lambda: proximal(optax.sgd(1.0), PENALTIES["l1"][0], jnp.ones(2)),
+        lambda: proximal(optax.sgd(1.0), PENALTIES["l1"][0], jnp.float32(-1.0)),
+        lambda: proximal(optax.sgd(1.0), PENALTIES["l1"][0], jnp.bool_(True)),
     ):  # fmt: skip
         with pytest.raises(jc.SpecError, match="write"):
             bad()

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.choice import Choice, Counts, check_choice
-from jaxcompress.rules import flatten
 
 
 class Moment(NamedTuple):
@@ -84,7 +83,7 @@ class Algorithm:
         """What the wrapped optimizer is given: the gradients of the sparse network."""
         return [masked(m, g) for m, g in zip(masks, grads)]
 
-    def moved(self, updates: Any, weights: Any, memory: Any, step: Any, real: Any) -> list[Any]:
+    def moved(self, updates: Any, masks: Any, memory: Any, step: Any, real: Any) -> list[Any]:
         """What becomes of the optimizer's updates; `real` is 0 while it accumulates, else 1."""
         return list(updates)
 
@@ -92,6 +91,11 @@ class Algorithm:
 def masked(mask: jax.Array, grad: Any) -> Any:
     """A gradient where the mask is true, else zero; None stays None."""
     return None if grad is None else jnp.where(mask, grad, jnp.zeros((), grad.dtype))
+
+
+def where_finite(new: jax.Array, old: jax.Array) -> jax.Array:
+    """What is remembered, without the gradients that were NaN or infinite."""
+    return jnp.where(jnp.isfinite(new), new, old)
 
 
 def draws(shapes: Sequence[jax.Array], step: jax.Array, seed: int) -> list[jax.Array]:
@@ -148,8 +152,10 @@ class _Random(Algorithm):
     seed: int
 
     def choose(self, choice: Choice, moment: Moment, memory: Any) -> tuple[list[jax.Array], Any]:
-        units = choice.pooled(moment.weights)
-        scores = draws(units, moment.step, self.seed)
+        active = [x != 0 for x in choice.pooled(moment.masks)]
+        scores = draws(active, moment.step, self.seed)
+        # What is there comes before what is not, so that a schedule that tightens only removes.
+        scores = [jnp.where(on, 1 + u, u) for on, u in zip(active, scores)]
         return choice.spread(choice.take(scores, moment.counts)), memory
 
 
@@ -181,7 +187,7 @@ class _Static(Algorithm):
         if self.masks is None:
             return
         for site in choice.sites:
-            mask = self.masks.get(site.path)
+            mask = self.masks.get(site.key)
             if mask is None or tuple(mask.shape) != site.shape:
                 found = "none" if mask is None else f"one of shape {tuple(mask.shape)}"
                 raise SpecError(
@@ -192,7 +198,7 @@ class _Static(Algorithm):
     def choose(self, choice: Choice, moment: Moment, memory: Any) -> tuple[list[jax.Array], Any]:
         if self.masks is None:
             return [w != 0 for w in moment.weights], memory
-        return [jnp.asarray(self.masks[site.path], bool) for site in choice.sites], memory
+        return [jnp.asarray(self.masks[site.key], bool) for site in choice.sites], memory
 
 
 def static(masks: Any = None) -> Algorithm:
@@ -217,5 +223,6 @@ def static(masks: Any = None) -> Algorithm:
     """
     found = None
     if masks is not None:
-        found = {path: x for path, x in flatten(masks)[0] if hasattr(x, "shape")}
+        leaves = jax.tree_util.tree_flatten_with_path(masks)[0]
+        found = {jax.tree_util.keystr(path): x for path, x in leaves}
     return _Static("local", "uniform", found)

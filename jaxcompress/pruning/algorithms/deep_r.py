@@ -22,6 +22,7 @@ class _DeepR(Regrow):
     temperature: float
 
     def check(self, choice: Choice) -> None:
+        super().check(choice)
         for site in choice.sites:
             if site.pattern.m or not site.pattern.single:
                 raise SpecError(
@@ -35,10 +36,11 @@ class _DeepR(Regrow):
 
     def choose(self, choice: Choice, moment: Moment, memory: Any) -> tuple[list[jax.Array], Any]:
         active = active_units(choice, moment.masks)
-        left = [
-            on & ~moment.first & ~_crossed(w, minus)
+        gone = [
+            on & ~moment.first & _crossed(w, minus)
             for on, w, minus in zip(active, moment.weights, memory)
         ]
+        left = [on & ~moment.first & ~x for on, x in zip(active, gone)]
         # Where a schedule tightens, the smallest that stay go first.
         first, then = self.starts(moment.weights, moment), draws(left, moment.step, self.seed)
         scores = [
@@ -50,22 +52,26 @@ class _DeepR(Regrow):
                 jnp.where(moment.first, jnp.abs(w.astype(jnp.float32)), s)
                 for w, s in zip(moment.weights, scores)
             ]
-        masks = choice.take(scores, moment.counts)
+        # What has just crossed zero comes again only where there is nothing else.
+        scores = [jnp.where(x, s - 2.0, s) for x, s in zip(gone, scores)]
+        masks = choice.take(scores, moment.counts, signed=True)
         signs = draws(left, moment.step, self.seed + 2)
-        new = [jnp.where(stays, minus, u < 0.5) for stays, minus, u in zip(left, memory, signs)]
         kept = [jnp.signbit(w) for w in moment.weights]
+        new = [
+            jnp.where(stays, minus, jnp.where(x, now, u < 0.5))
+            for stays, minus, x, now, u in zip(left, memory, gone, kept, signs)
+        ]
         return masks, [jnp.where(moment.first, a, b) for a, b in zip(kept, new)]
 
-    def moved(self, updates: Any, weights: Any, memory: Any, step: Any, real: Any) -> list[Any]:
+    def moved(self, updates: Any, masks: Any, memory: Any, step: Any, real: Any) -> list[Any]:
         spread = real * (2 * self.rate * self.temperature) ** 0.5
         pulled = real * self.rate * self.l1
         key = jax.random.fold_in(jax.random.key(self.seed + 3), step)
         out = []
-        for i, (u, w, minus) in enumerate(zip(updates, weights, memory)):
+        for i, (u, minus) in enumerate(zip(updates, memory)):
             pull = jnp.where(minus, pulled, -pulled)
-            noise = spread * jax.random.normal(jax.random.fold_in(key, i), w.shape)
-            base = jnp.zeros_like(w) if u is None else u
-            out.append(base + (pull + noise).astype(base.dtype))
+            noise = spread * jax.random.normal(jax.random.fold_in(key, i), minus.shape)
+            out.append(None if u is None else u + (pull + noise).astype(u.dtype))
         return out
 
 

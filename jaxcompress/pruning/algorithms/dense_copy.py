@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.algorithms.base import Algorithm, Moment, check_share, masked
+from jaxcompress.pruning.algorithms.base import Algorithm, Moment, check_share, masked, where_finite
 from jaxcompress.pruning.choice import Choice
 
 
@@ -70,11 +70,15 @@ class _TopKast(_StraightThrough):
         out = []
         for g, w, m, wide in zip(grads, weights, masks, memory):
             if g is not None and self.l2:
-                density = jnp.mean(m, dtype=jnp.float32)
+                density = jnp.maximum(jnp.mean(m, dtype=jnp.float32), 1 / max(1, m.size))
                 pull = self.l2 * w.astype(jnp.float32) * jnp.where(m, 1.0, 1 / density)
                 g = (g.astype(jnp.float32) + pull).astype(g.dtype)
             out.append(masked(wide, g))
         return out
+
+    def moved(self, updates: Any, masks: Any, memory: Any, step: Any, real: Any) -> list[Any]:
+        # Momentum and decay would go on moving what is outside of B.
+        return [masked(wide, u) for wide, u in zip(memory, updates)]
 
 
 def top_kast(
@@ -123,11 +127,18 @@ class _Movement(Algorithm):
 
     def follow(self, memory: Any, weights: Any, grads: Any, masks: Any, step: Any) -> Any:
         f32 = jnp.float32
-        return [s - g.astype(f32) * w.astype(f32) for s, g, w in zip(memory, grads, weights)]
+        return [
+            where_finite(s - g.astype(f32) * w.astype(f32), s)
+            for s, g, w in zip(memory, grads, weights)
+        ]
 
     def choose(self, choice: Choice, moment: Moment, memory: Any) -> tuple[list[jax.Array], Any]:
         scores = choice.pooled(memory, signed=True)
         return choice.spread(choice.take(scores, moment.counts, signed=True)), memory
+
+    def moved(self, updates: Any, masks: Any, memory: Any, step: Any, real: Any) -> list[Any]:
+        # Momentum and decay would go on moving what is pruned.
+        return [masked(m, u) for m, u in zip(masks, updates)]
 
 
 def movement(*, scope: str = "local", allocation: str = "uniform") -> Algorithm:

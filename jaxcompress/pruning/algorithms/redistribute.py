@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.algorithms.base import Algorithm, Moment, check_share, draws
+from jaxcompress.pruning.algorithms.base import Algorithm, Moment, check_share, draws, where_finite
 from jaxcompress.pruning.algorithms.regrow import Regrow, active_units, survivors
 from jaxcompress.pruning.choice import Choice
 from jaxcompress.pruning.select import top_mask
@@ -26,6 +26,10 @@ class Redistribute(Regrow):
     """
 
     def check(self, choice: Choice) -> None:
+        super().check(choice)
+        total = sum(math.prod(site.shape) for site in choice.sites)
+        if total >= 2**31:
+            raise SpecError(f"{total} weights are too many to move between leaves: split the rules")
         for site in choice.sites:
             if site.pattern.m:
                 raise SpecError(
@@ -134,7 +138,10 @@ class _Snfs(Redistribute):
 
     def follow(self, memory: Any, weights: Any, grads: Any, masks: Any, step: Any) -> Any:
         beta = self.momentum
-        return [beta * m + (1 - beta) * g.astype(jnp.float32) for m, g in zip(memory, grads)]
+        return [
+            where_finite(beta * m + (1 - beta) * g.astype(jnp.float32), m)
+            for m, g in zip(memory, grads)
+        ]
 
     def choose(self, choice: Choice, moment: Moment, memory: Any) -> tuple[list[jax.Array], Any]:
         return super().choose(choice, moment, choice.pooled(memory))[0], memory

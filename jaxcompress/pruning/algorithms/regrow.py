@@ -46,6 +46,13 @@ class Regrow(Algorithm):
         if self.end is not None and not is_count(self.end, 1):
             raise SpecError(f"end={self.end!r}: write a whole number of updates, or None")
 
+    def check(self, choice: Choice) -> None:
+        if choice.together:
+            raise SpecError(
+                f"allocation={self.allocation!r} compares all weights anew, which would undo what "
+                "grew: write 'uniform' or 'erk'"
+            )
+
     def share(self, step: jax.Array) -> jax.Array:
         """The share that goes at an update: `drop (1 + cos(pi t / end)) / 2`."""
         if self.end is None:
@@ -82,8 +89,9 @@ class Regrow(Algorithm):
 
 
 def _relative(x: jax.Array) -> jax.Array:
-    """Magnitudes from 0 to 1, in their order."""
+    """Magnitudes from 0 to 1, in their order; 0 for what is not finite."""
     x = jnp.abs(x.astype(jnp.float32))
+    x = jnp.where(jnp.isfinite(x), x, 0.0)
     top = jnp.max(x, initial=0.0)
     return x / jnp.where(top > 0, top, 1.0)
 
@@ -144,11 +152,7 @@ class _Gse(_RigL):
         drawn = draws(weights, moment.step, self.seed)
         scores = super().growth(weights, moment, memory)
         # Weights outside of the sample come after all within it, and among them any.
-        largest = [jnp.max(s, initial=0.0) for s in scores]
-        return [
-            jnp.where(u < self.explored, 1.0 + s / jnp.where(top > 0, top, 1.0), u)
-            for u, s, top in zip(drawn, scores, largest)
-        ]
+        return [jnp.where(u < self.explored, 1.0 + _relative(s), u) for u, s in zip(drawn, scores)]
 
 
 def set_(

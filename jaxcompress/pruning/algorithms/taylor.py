@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.pruning.algorithms.base import Algorithm, Moment, check_share
+from jaxcompress.pruning.algorithms.base import Algorithm, Moment, check_share, where_finite
 from jaxcompress.pruning.choice import Choice
 
 
@@ -23,7 +23,7 @@ class _Taylor(Algorithm):
     def follow(self, memory: Any, weights: Any, grads: Any, masks: Any, step: Any) -> Any:
         f32, d = jnp.float32, self.decay
         return [
-            d * s + (1 - d) * jnp.abs(g.astype(f32) * w.astype(f32))
+            where_finite(d * s + (1 - d) * jnp.abs(g.astype(f32) * w.astype(f32)), s)
             for s, g, w in zip(memory, grads, weights)
         ]
 
