@@ -120,7 +120,9 @@ def early_bird(window: int = 5, epsilon: float = 0.1) -> EarlyBird:
             lambda new, old: jnp.concatenate([new[None], old[:-1]]), masks, state.recent
         )
         earlier = jax.tree.map(lambda m: m[1:], recent)
-        distance = jnp.max(jax.vmap(lambda other: mask_distance(masks, other))(earlier))
+        far = lambda other: mask_distance(masks, other)
+        # Trees without masks have nothing to map over, and no distance.
+        distance = jnp.max(jax.vmap(far)(earlier)) if jax.tree.leaves(earlier) else far(earlier)
         seen = jnp.minimum(state.seen + 1, window)
         distance = jnp.where(seen < window, 1.0, distance)
         return EarlyBirdState(recent, seen, distance, (seen >= window) & (distance <= epsilon))

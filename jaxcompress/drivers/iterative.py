@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.drivers.rounds_folder import RoundsFolder, fingerprint
+from jaxcompress.drivers.rounds_folder import RoundsFolder, fingerprint, name_of
 from jaxcompress.errors import SpecError
 from jaxcompress.progress import progress_bar
 from jaxcompress.pruning import scores as scoring
 from jaxcompress.pruning.masks import apply_masks, make_masks
-from jaxcompress.pruning.scores.iterated import in_structure
+from jaxcompress.pruning.scores.iterated import below_all, in_structure, shares
 from jaxcompress.rules import KernelAxes
-from jaxcompress.specs import is_count
 
 REWINDS = ("none", "weights", "learning_rate")
 
@@ -52,9 +51,11 @@ class Trained(NamedTuple):
 class PrunedRound(NamedTuple):
     """One round of training.
 
+    Its arrays are those that the driver goes on from: copy what is to be donated to a jitted step.
+
     Attributes:
       number: 0 for the dense training, then 1 to `rounds`.
-      sparsity: of the masks.
+      sparsity: that was asked of the masks.
       start: the params that it started from, zeros where the masks are false.
       params: the trained params, zeros where the masks are false.
       masks: as `make_masks` gives them; in round 0 all true.
@@ -90,25 +91,32 @@ def iterative_pruning(
     Round 0 trains the dense params. Before round k the trained weights are scored, `1 - (1 -
     sparsity)**(k / rounds)` of all are removed, and training goes on: from the trained weights
     (`rewind="none"`, prune and fine-tune; `rewind="learning_rate"`, where `train` starts its
-    schedule again) or from the first ones (`rewind="weights"`, see `lottery_ticket`). What was
-    removed stays so.
+    schedule again) or from the first ones (`rewind="weights"`, see `lottery_ticket`).
+
+    What was removed stays so. `allocation="erk"` may ask for one more weight of a leaf than the
+    round before, since it rounds the leaves' shares to a total: that weight does not come back, and
+    the total is short by it.
 
     Args:
       train: `train(params, masks, round) -> params`: the user's own training under masks, kept by
         `apply_masks` after each step or by `sparsify`. What it returns gets exact zeros in any
         case. In round 0 it may return `Trained(params, early)`.
-      params: a tree of dense arrays, before training.
+      params: a tree of dense arrays, before training. On a mesh: rounds that are read from a folder
+        are placed as these are.
       sparsity: the share to remove in the end, from 0 to below 1.
       rounds: how many times it is pruned; `train` is called once more.
       rules: `{glob: pattern or None}` as for `make_masks`.
       rewind: `none`, `weights` or `learning_rate`.
       score: of the trained params, the least important lowest; `scores.magnitude` unless given.
+        With a folder, a function that is defined by `def`: its module and name are kept, and a run
+        that goes on must have the same. What it closes over is not seen.
       scope: as for `make_masks`.
       allocation: as for `make_masks`.
       axes: as for `make_masks`.
       folder: where each round is kept once it is trained. A run that was killed is begun again by
-        the same call: it reads the rounds that are there, trains the others, and yields the same
-        bits, if `train` gives the same ones.
+        the same call: it reads the rounds up to the first that is not there, trains the others, and
+        yields the same bits, if `train` gives the same ones. Rounds behind one that is trained are
+        of a run that is no more, and are deleted.
       progress: show a progress bar on standard error.
 
     Yields:
@@ -116,9 +124,11 @@ def iterative_pruning(
 
     Raises:
       SpecError: for a number out of range, an unknown name, and a training that returns another
-        tree; as `make_masks`.
+        tree; with a folder also for a score without a name, and for a leaf that cannot be kept; as
+        `make_masks`.
       RuleError: for a rule that matches nothing.
-      FileError: for a folder with rounds of other settings or other params, or a damaged file.
+      FileError: for a folder with rounds of other settings or other params, a link, or a damaged
+        file.
 
     References:
       Han et al., *Learning both Weights and Connections for Efficient Neural Networks*, 2015.
@@ -133,10 +143,7 @@ def iterative_pruning(
       0.5 [0.0, 0.0, 12.0, 16.0]
       0.75 [0.0, 0.0, 0.0, 32.0]
     """
-    if not is_count(rounds, 1):
-        raise SpecError(f"rounds={rounds!r}: write a whole number from 1 on")
-    if not 0 <= sparsity < 1:
-        raise SpecError(f"sparsity={sparsity!r}: write the share to remove, from 0 to below 1")
+    plan = [Round(k, share, rewind) for k, share in enumerate(shares(sparsity, rounds))]
     if rewind not in REWINDS:
         raise SpecError(f"rewind={rewind!r}: write one of {', '.join(REWINDS)}")
     params = _arrays(params)
@@ -149,14 +156,14 @@ def iterative_pruning(
     store = None
     if folder is not None:
         settings = {
-            "sparsity": sparsity, "rounds": rounds, "rules": list(map(list, rules.items())),
-            "rewind": rewind, "score": _name(score), "scope": scope, "allocation": allocation,
+            "sparsity": float(sparsity), "rounds": int(rounds),
+            "rules": list(map(list, rules.items())), "rewind": rewind,
+            "score": name_of(scoring.magnitude if score is None else score),
+            "scope": scope, "allocation": allocation,
             "axes": sorted([path, *map(list, at)] for path, at in (axes or {}).items()),
             "params": fingerprint(params),
         }  # fmt: skip
-        store = RoundsFolder(folder, settings, jax.tree.structure(params))
-    shares = [1 - (1 - sparsity) ** (k / rounds) for k in range(rounds)]
-    plan = [Round(k, share, rewind) for k, share in enumerate([*shares, sparsity])]
+        store = RoundsFolder(folder, settings, params)
     score = scoring.magnitude if score is None else score
     return _rounds(train, params, plan, whole, score, masks_at, store, progress)
 
@@ -171,16 +178,18 @@ def _rounds(
     store: RoundsFolder | None,
     progress: bool,
 ) -> Iterator[PrunedRound]:
-    point, last = params, params
+    point, last, reading = params, params, True
     with progress_bar(progress, "training", len(plan)) as advance:
         for now in plan:
-            kept = store.read(now.number) if store is not None else None
+            kept = store.read(now.number) if store is not None and reading else None
+            reading = kept is not None
             if kept is not None:
                 trained, masks, early = kept
                 start = apply_masks(point if now.rewind == "weights" else last, masks)
             else:
                 if now.number:
-                    masks = masks_at(_below_all(score(last), masks), now.sparsity)
+                    found = masks_at(below_all(score(last), masks), now.sparsity)
+                    masks = _both(found, masks)
                 start = apply_masks(point if now.rewind == "weights" else last, masks)
                 trained, early = _trained(train(_copied(start), masks, now), params, now.number)
                 trained = apply_masks(trained, masks)
@@ -306,7 +315,7 @@ def _trained(found: Any, params: Any, number: int) -> tuple[Any, Any]:
         if number:
             raise SpecError(f"train returned Trained in round {number}; only round 0 has an early")
         found, early = found
-    shapes = lambda tree: [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
+    shapes = lambda tree: [_kind(x) for x in jax.tree.leaves(tree)]
     wanted: Any = jax.tree.structure(params)
     for tree in (found,) if early is None else (found, early):
         if wanted != jax.tree.structure(tree) or shapes(tree) != shapes(params):
@@ -317,14 +326,10 @@ def _trained(found: Any, params: Any, number: int) -> tuple[Any, Any]:
     return _arrays(found), None if early is None else _arrays(early)
 
 
-def _below_all(scores: Any, masks: Any) -> Any:
-    """The scores with minus infinity where a mask is false: what is removed stays removed."""
-    none = lambda x: x is None
-    return jax.tree.map(
-        lambda x, m: jnp.where(m, x, -jnp.inf) if isinstance(m, jax.Array) else x,
-        scores, masks, is_leaf=none,
-    )  # fmt: skip
+def _kind(leaf: Any) -> Any:
+    return type(leaf) if isinstance(leaf, str) else (jnp.shape(leaf), jnp.result_type(leaf))
 
 
-def _name(score: Any) -> str:
-    return "magnitude" if score is None else getattr(score, "__qualname__", type(score).__name__)
+def _both(found: Any, before: Any) -> Any:
+    """Masks that keep what both do: counts that grow take what comes last, which was removed."""
+    return jax.tree.map(jnp.logical_and, found, before)

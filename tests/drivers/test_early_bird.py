@@ -64,6 +64,15 @@ def test_the_distance_is_a_metric(a, b, c):
     assert far(a, ~a) == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.parametrize("masks", [{}, {"w": optax.MaskedNode()}])
+def test_trees_without_masks_are_at_no_distance(masks):
+    bird = early_bird(2)
+    state = bird.update(masks, bird.init(masks))
+    assert (float(state.distance), bool(state.drawn)) == (1, False)  # not full
+    state = bird.update(masks, state)
+    assert (float(state.distance), bool(state.drawn)) == (0, True)
+
+
 def test_errors():
     with pytest.raises(jc.SpecError, match="window=1: write"):
         early_bird(1)

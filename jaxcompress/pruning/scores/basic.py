@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.pruning import allocation
-from jaxcompress.pruning.scores.weights import Weights, float32, per_weight
+from jaxcompress.pruning.scores.weights import Weights, float32, per_weight, placed_like, whole
 from jaxcompress.rules import KernelAxes
 
 
@@ -94,7 +94,7 @@ def lamp(params: Any, *, axes: Mapping[str, KernelAxes] | None = None) -> Any:
     weights = Weights.of(params)
     return weights.scores(
         [
-            per_weight(allocation.lamp, at.batch_ndim(x.ndim))(float32(x))
+            placed_like(x, per_weight(allocation.lamp, at.batch_ndim(x.ndim))(whole(float32(x))))
             for x, at in zip(weights.values, weights.axes(axes))
         ]
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress import compat
 from jaxcompress.errors import SpecError
@@ -36,25 +36,34 @@ def mean_over_batches(
       extra: a pytree that the term is given, with the number of the batch.
 
     Raises:
-      SpecError: for no batches, a loss that is no scalar, and sums that are not finite.
+      SpecError: for no batches, a loss that is no scalar, and sums that are not finite (which is
+        not looked at where they are traced, as under `jit` and `vmap`).
     """
     loss_fn = hashable(loss_fn)
-    sums = [jax.device_put(np.zeros(x.shape, np.float32)) for x in weights.values]
-    count = 0
+    # Placed like the weights, so that each step can write its sums over those before.
+    place = lambda x: None if isinstance(x, Tracer) or not x.committed else x.sharding
+    sums = [jax.device_put(np.zeros(x.shape, np.float32), place(x)) for x in weights.values]
+    count, traced = 0, False
     for batch in batches:
-        arrays, static = _split(batch if isinstance(batch, tuple) else (batch,))
-        sums = _add(term, loss_fn, sums, weights, arrays, static, extra, count)
+        arrays, static = split_batch(batch)
+        traced = traced or _is_traced((weights, arrays, extra))
+        add, finish = _STEPS[traced]
+        sums = add(term, loss_fn, sums, weights, arrays, static, extra, count)
         count += 1
     if not count:
         raise SpecError("batches is empty: give at least one batch")
-    means, finite = _finish(sums, count)
+    means, finite = finish(sums, count)
     for path, fine in zip(weights.paths, finite):
-        if not fine:
+        if not isinstance(fine, Tracer) and not fine:
             raise SpecError(
                 f"{path}: its gradients are NaN or infinite; look for what makes them so in the "
                 "batches, the params or the loss"
             )
     return means
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def replayed(batches: Iterable[Any]) -> Iterable[Any]:
@@ -74,10 +83,28 @@ def each_example(
 ) -> list[jax.Array]:
     """The gradients of the losses of the examples, with a leading axis of examples.
 
-    An example is handed to the loss as a batch of one, so that its mean is over that one.
+    An example is handed to the loss as a batch of one, so that its mean is over that one. What has
+    no axes, such as a temperature, goes to each as it is.
+
+    Raises:
+      SpecError: for arrays that do not have the same number of examples, or none.
     """
-    one = lambda *example: jax.grad(loss)(weights.values, *jax.tree.map(lambda x: x[None], example))
-    return [float32(g) for g in jax.vmap(one)(*args)]
+    leaves, tree = jax.tree.flatten(args)
+    where = [i for i, x in enumerate(leaves) if compat.is_traceable(x) and x.ndim]
+    shapes = [leaves[i].shape for i in where]
+    if len({shape[0] for shape in shapes}) != 1:
+        raise SpecError(
+            f"a batch has arrays of shapes {shapes}; the examples are taken one by one, so give "
+            "each array the same number of them along its first axis"
+        )
+
+    def one(example: list[jax.Array]) -> list[jax.Array]:
+        here = list(leaves)
+        for i, x in zip(where, example):
+            here[i] = x[None]
+        return jax.grad(loss)(weights.values, *jax.tree.unflatten(tree, here))
+
+    return [float32(g) for g in jax.vmap(one)([leaves[i] for i in where])]
 
 
 def loss_of(loss_fn: Callable[..., Any], weights: Weights) -> Callable[..., jax.Array]:
@@ -94,14 +121,12 @@ def loss_of(loss_fn: Callable[..., Any], weights: Weights) -> Callable[..., jax.
     return loss
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def _finish(sums: list[jax.Array], count: int) -> tuple[list[jax.Array], list[jax.Array]]:
     """The means, and whether each is finite."""
     means = [x / count for x in sums]
     return means, [jnp.all(jnp.isfinite(x)) for x in means]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5), donate_argnums=2)
 def _add(
     term: Term,
     loss_fn: Callable[..., Any],
@@ -112,23 +137,42 @@ def _add(
     extra: Any,
     count: Any,
 ) -> list[jax.Array]:
-    tree, fixed = static
-    it = iter(arrays)
-    args = jax.tree.unflatten(tree, [next(it) if x is None else x[0] for x in fixed])
+    args = join_batch(arrays, static)
     found = term(loss_of(loss_fn, weights), weights, args, (extra, count))
     return [a + b for a, b in zip(sums, found)]
 
 
-def _split(args: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    """The arrays of a batch, and what is static."""
-    leaves, tree = jax.tree.flatten(args)
+# The sums of a trace are no buffers to write over: of a `vmap`, they may have another shape.
+_STEPS = {
+    traced: (
+        jax.jit(_add, static_argnums=(0, 1, 5), donate_argnums=() if traced else 2),
+        jax.jit(_finish, donate_argnums=() if traced else 0),
+    )
+    for traced in (False, True)
+}
+
+
+def split_batch(batch: Any) -> tuple[list[Any], Any]:
+    """The arrays of the arguments that a batch is, and what is static."""
+    leaves, tree = jax.tree.flatten(batch if isinstance(batch, tuple) else (batch,))
     traced = [compat.is_traceable(x) for x in leaves]
     arrays = [x for x, t in zip(leaves, traced) if t]
     return arrays, (tree, tuple(None if t else (x,) for x, t in zip(leaves, traced)))
 
 
+def join_batch(arrays: list[Any], static: Any) -> tuple[Any, ...]:
+    """The arguments again."""
+    tree, fixed = static
+    it = iter(arrays)
+    return jax.tree.unflatten(tree, [next(it) if x is None else x[0] for x in fixed])
+
+
 def hashable(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that may be a static argument."""
+    """A function that may be a static argument.
+
+    What is made of one without a hash is compiled for itself, since it may have changed meanwhile:
+    make it once for all steps of a call.
+    """
     try:
         hash(fn)
     except TypeError:  # a method of a module with a list among its fields

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.scores.batches import each_example, mean_over_batches
 from jaxcompress.pruning.scores.units import Box, boxes, unit_sums
-from jaxcompress.pruning.scores.weights import Weights, float32
+from jaxcompress.pruning.scores.weights import Weights, float32, placed_like
 from jaxcompress.rules import KernelAxes
 from jaxcompress.specs import is_count
 
@@ -97,7 +97,8 @@ def fisher(
     gradient of the loss of example n, so that it is the gradient of a gate on the unit.
 
     Args:
-      loss_fn: the loss of a batch, which here has one example; see `snip`.
+      loss_fn: the loss of a batch, which here has one example; see `snip`. Arguments without axes
+        are handed to it as they are.
       params: a tree of dense arrays, trained.
       batches: as `snip`, each array with the examples along its first axis; the gradients of all
         examples of a batch are in memory at once.
@@ -112,7 +113,7 @@ def fisher(
       As `taylor`.
 
     Raises:
-      SpecError: for a cost of no leaf, and as `snip`.
+      SpecError: for a cost of no leaf, arrays of several numbers of examples, and as `snip`.
       RuleError: for a rule of `units` that matches nothing or does not fit.
 
     References:
@@ -166,10 +167,14 @@ def _hutchinson(
 
     def probe(sums: list[jax.Array], key: jax.Array) -> tuple[list[jax.Array], None]:
         parts = jax.random.split(jax.random.fold_in(key, batch), len(values))
-        signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(parts, values)]
+        signs = [
+            placed_like(x, jax.random.rademacher(k, x.shape, x.dtype))
+            for k, x in zip(parts, values)
+        ]
         curved = jax.jvp(grad, (values,), (signs,))[1]
         return [s + float32(z) * float32(c) for s, z, c in zip(sums, signs, curved)], None
 
-    start = [jnp.zeros(x.shape, jnp.float32) for x in values]
+    # Placed like the weights, which on a mesh with Explicit axes is a part of the carry's type.
+    start = [jnp.zeros_like(x, dtype=jnp.float32) for x in values]
     sums, _ = jax.lax.scan(probe, start, keys)
     return [x / keys.shape[0] for x in sums]

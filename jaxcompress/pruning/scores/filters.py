@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
 from jaxcompress.pruning.scores.inputs import broadcast_outputs
-from jaxcompress.pruning.scores.weights import Weights, float32, per_weight
+from jaxcompress.pruning.scores.weights import Weights, float32, per_weight, placed_like, whole
 from jaxcompress.rules import KernelAxes
 
 
@@ -47,8 +47,7 @@ def filter_norm(params: Any, *, p: int = 1, axes: Mapping[str, KernelAxes] | Non
     def norm(filters: jax.Array) -> jax.Array:
         if p == 1:
             return jnp.sum(jnp.abs(filters), axis=1)
-        scale, inverse = unit_scale(jnp.max(jnp.abs(filters), axis=1, initial=0))
-        return scale * jnp.sqrt(jnp.sum(jnp.square(filters * inverse[:, None]), axis=1))
+        return _row_norms(filters)
 
     return weights.scores(
         [_of_filters(norm, x, at) for x, at in zip(weights.values, weights.axes(axes))]
@@ -84,16 +83,17 @@ def geometric_median(params: Any, *, axes: Mapping[str, KernelAxes] | None = Non
     weights = Weights.of(params)
 
     def distances(filters: jax.Array) -> jax.Array:
-        def one(x: jax.Array) -> jax.Array:
-            away = filters - x
-            scale, inverse = unit_scale(jnp.max(jnp.abs(away), axis=1, initial=0))
-            return jnp.sum(scale * jnp.sqrt(jnp.sum(jnp.square(away * inverse[:, None]), axis=1)))
-
-        return jax.lax.map(one, filters)
+        return jax.lax.map(lambda x: jnp.sum(_row_norms(filters - x)), filters)
 
     return weights.scores(
         [_of_filters(distances, x, at) for x, at in zip(weights.values, weights.axes(axes))]
     )
+
+
+def _row_norms(x: jax.Array) -> jax.Array:
+    """The Euclidean norm of each row, also where its square is out of range."""
+    scale, inverse = unit_scale(jnp.max(jnp.abs(x), axis=1, initial=0))
+    return scale * jnp.sqrt(jnp.sum(jnp.square(x * inverse[:, None]), axis=1))
 
 
 def _of_filters(fn: Any, x: jax.Array, axes: KernelAxes) -> jax.Array | None:
@@ -104,11 +104,11 @@ def _of_filters(fn: Any, x: jax.Array, axes: KernelAxes) -> jax.Array | None:
     order = [*range(batch), *(x.ndim + a for a in (*sorted(axes.output), *sorted(axes.input)))]
     outputs = math.prod(x.shape[a] for a in axes.output)
     inputs = math.prod(x.shape[a] for a in axes.input)
-    filters = float32(x).transpose(order).reshape(*x.shape[:batch], outputs, inputs)
+    filters = whole(float32(x)).transpose(order).reshape(*x.shape[:batch], outputs, inputs)
     if not x.size:
         return jnp.zeros(x.shape, jnp.float32)
     found = per_weight(fn, batch)(filters)
-    return broadcast_outputs(found, x.shape, axes)
+    return placed_like(x, broadcast_outputs(found, x.shape, axes))
 
 
 def batch_norm_slimming(
@@ -139,8 +139,8 @@ def batch_norm_slimming(
       >>> import jax, jax.numpy as jnp
       >>> params = {"conv": {"kernel": jnp.ones((1, 2))}, "bn": {"scale": jnp.array([0.5, -2.0])}}
       >>> scores = batch_norm_slimming(params, {"conv/kernel": "bn/scale"})
-      >>> jax.tree.leaves(scores)[0].tolist()
-      [[0.5, 2.0]]
+      >>> [x.tolist() for x in jax.tree.leaves(scores)]
+      [[0.5, 2.0], [[0.5, 2.0]]]
     """
     weights = Weights.of(params)
     weights.check_paths([*pairs, *pairs.values()], "pairs:")
@@ -182,7 +182,8 @@ def nisp(
         pooling and normalization.
       importance: of the final responses; ones unless given (the paper ranks them by infinite
         feature selection).
-      axes: the input and output axes of leaves by path; Flax's conventions for all others.
+      axes: the input and output axes of leaves by path; Flax's conventions for all others, which
+        are those of images: a convolution of one or three spatial axes wants them here.
 
     Returns:
       A score of each weight of the kernels, float32; None for all other leaves. Each kernel's are
@@ -210,7 +211,14 @@ def nisp(
         w, at = jnp.abs(float32(values[path])), where[path]
         outputs = math.prod(_sizes(w.shape, at.output))
         if at.batch_ndim(w.ndim) or not at.output:
-            raise SpecError(f"order: {path!r} of shape {w.shape} is no single kernel; leave it out")
+            told = (
+                f", or for a convolution of {w.ndim - 2} spatial axes write axes={{{path!r}: "
+                f"KernelAxes({tuple(range(-w.ndim, -1))}, (-1,))}}"
+            )
+            raise SpecError(
+                f"order: {path!r} of shape {w.shape} is no single kernel; leave it out"
+                + (told if w.ndim in (3, 5) else "")
+            )
         after = jnp.ones(outputs) if after is None else after
         if not outputs or after.size % outputs:
             raise SpecError(

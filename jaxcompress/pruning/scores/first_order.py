@@ -61,7 +61,8 @@ def taylor(
     part of the Fisher information, which stands for the Hessian.
 
     Args:
-      loss_fn: as `snip`; for order 2 it is given batches of one example.
+      loss_fn: as `snip`; for order 2 it is given batches of one example, and arguments without
+        axes as they are.
       params: a tree of dense arrays.
       batches: as `snip`. For order 2, each array has the examples along its first axis.
       order: 1 or 2.

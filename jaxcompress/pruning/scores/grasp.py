@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.scores.batches import gradient, mean_over_batches, replayed
+from jaxcompress.pruning.scores.batches import (
+    gradient,
+    hashable,
+    mean_over_batches,
+    replayed,
+)
 from jaxcompress.pruning.scores.weights import Weights, float32
 
 
@@ -50,14 +55,26 @@ def grasp(
       >>> grasp(loss_fn, {"w": jnp.array([1.0, -2.0])}, [jnp.array([3.0, 1.0])])["w"].tolist()
       [9.0, 4.0]
     """
+    loss_fn = hashable(loss_fn)
     if temperature is not None:
         if not temperature > 0:
             raise SpecError(f"temperature={temperature!r}: write a positive number, such as 200.0")
-        loss_fn = functools.partial(loss_fn, temperature=temperature)
+        loss_fn = _At(loss_fn, float(temperature))
     weights, batches = Weights.of(params), replayed(batches)
     means = mean_over_batches(gradient, loss_fn, weights, batches)
     flow = mean_over_batches(_hessian_times, loss_fn, weights, batches, means)
     return weights.scores([float32(w) * x for w, x in zip(weights.values, flow)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    """A loss at a temperature; equal ones are equal, so that no call compiles it again."""
+
+    loss_fn: Callable[..., Any]
+    temperature: float
+
+    def __call__(self, *args: Any) -> Any:
+        return self.loss_fn(*args, temperature=self.temperature)
 
 
 def _hessian_times(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jaxcompress.errors import SpecError
 from jaxcompress.observe import observe
 from jaxcompress.pruning.norms import input_norms
+from jaxcompress.pruning.scores.batches import hashable, join_batch, split_batch
 from jaxcompress.pruning.scores.weights import Weights, float32
 from jaxcompress.rules import KernelAxes
 
@@ -111,39 +113,48 @@ def hrank(
       [3.0, 1.0]
     """
     weights = Weights.of(params)
-    where = dict(zip(weights.paths, weights.axes(axes)))
-    shapes = {p: x.shape for p, x in zip(weights.paths, weights.values)}
-
-    @jax.jit
-    def ranks(params: Any, args: tuple[Any, ...]) -> dict[str, tuple[jax.Array, Any]]:
-        maps = feature_fn(params, *args)
-        weights.check_paths(list(maps), "feature_fn's")
-        for path, x in maps.items():
-            outputs = [shapes[path][a] for a in where[path].output]
-            if x.ndim != 4 or x.shape[-1] != math.prod(outputs):
-                raise SpecError(
-                    f"{path}: feature maps of shape {x.shape} do not fit its outputs {outputs}; "
-                    f"return [n, h, w, {math.prod(outputs)}]"
-                )
-        # Images and filters first, for the SVD of many small matrices.
-        of = lambda x: jnp.linalg.matrix_rank(jnp.moveaxis(float32(x), -1, 1))
-        return {p: (jnp.sum(of(x), axis=0, dtype=jnp.int32), x.shape[0]) for p, x in maps.items()}
-
+    where = tuple(weights.axes(axes))
+    feature_fn = hashable(feature_fn)
     sums: dict[str, Any] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, Any] = {}
     for batch in batches:
-        for path, (found, n) in ranks(
-            params, batch if isinstance(batch, tuple) else (batch,)
-        ).items():
+        arrays, static = split_batch(batch)
+        for path, (found, n) in _ranks(feature_fn, where, static, weights, arrays).items():
             sums[path] = sums.get(path, 0) + found
-            counts[path] = counts.get(path, 0) + int(n)
+            counts[path] = counts.get(path, 0) + n
     if not sums:
         raise SpecError("batches is empty: give at least one batch")
     out = []
-    for path, x in zip(weights.paths, weights.values):
-        mean = None if path not in sums else sums[path].astype(jnp.float32) / counts[path]
-        out.append(None if mean is None else broadcast_outputs(mean, x.shape, where[path]))
+    for path, x, at in zip(weights.paths, weights.values, where):
+        mean = None if path not in sums else float32(sums[path]) / float32(counts[path])
+        out.append(None if mean is None else broadcast_outputs(mean, x.shape, at))
     return weights.scores(out)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _ranks(
+    feature_fn: Callable[..., Mapping[str, jax.Array]],
+    where: tuple[KernelAxes, ...],
+    static: Any,
+    weights: Weights,
+    arrays: list[Any],
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The sums over the images of a batch of the ranks of their maps, and how many images."""
+    maps = feature_fn(weights.params(weights.values), *join_batch(arrays, static))
+    weights.check_paths(list(maps), "feature_fn's")
+    for path, x in maps.items():
+        at = weights.paths.index(path)
+        outputs = [weights.values[at].shape[a] for a in where[at].output]
+        if x.ndim != 4 or x.shape[-1] != math.prod(outputs):
+            raise SpecError(
+                f"{path}: feature maps of shape {x.shape} do not fit its outputs {outputs}; "
+                f"return [n, h, w, {math.prod(outputs)}]"
+            )
+    # Images and filters first, for the SVD of many small matrices.
+    of = lambda x: jnp.linalg.matrix_rank(jnp.moveaxis(float32(x), -1, 1))
+    return {
+        p: (jnp.sum(of(x), axis=0, dtype=jnp.int32), jnp.int32(x.shape[0])) for p, x in maps.items()
+    }
 
 
 def broadcast_outputs(x: jax.Array, shape: tuple[int, ...], axes: KernelAxes) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,12 @@ import optax
 
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.masks import apply_masks, make_masks
-from jaxcompress.pruning.scores.batches import gradient, mean_over_batches, replayed
+from jaxcompress.pruning.scores.batches import (
+    gradient,
+    hashable,
+    mean_over_batches,
+    replayed,
+)
 from jaxcompress.pruning.scores.weights import Weights, float32
 from jaxcompress.rules import KernelAxes
 from jaxcompress.specs import is_count
@@ -21,7 +27,8 @@ class ScoredMasks(NamedTuple):
     """What scoring in rounds ends with.
 
     Attributes:
-      scores: those of the last round, which were computed under the masks of the round before.
+      scores: those of the last round, which were computed under the masks of the round before;
+        minus infinity for what those removed for good.
       masks: those made from them, at the sparsity that was asked for.
     """
 
@@ -30,40 +37,70 @@ class ScoredMasks(NamedTuple):
 
 
 def rounds_of(
-    score: Callable[[Any], Any],
+    score: Callable[[Any, Any], Any],
     params: Any,
     sparsity: float,
     rules: Mapping[str, str | None],
     rounds: int,
     scope: str,
     axes: Mapping[str, KernelAxes] | None,
+    *,
+    revive: bool = False,
 ) -> ScoredMasks:
     """Scores, masks and scores again, with `(1 - sparsity)**(k / rounds)` left after round k.
 
     Args:
-      score: of params with zeros where the masks are false.
+      score: of params with zeros where the masks are false, and of the masks: None in the first
+        round.
       params: a tree of dense arrays.
       sparsity: in the end.
       rules: as for `make_masks`.
       rounds: how many.
       scope: as for `make_masks`.
       axes: as for `make_masks`.
+      revive: whether what was removed may come back when it is scored again.
 
     Raises:
-      SpecError: for no rounds, or a sparsity that no way of shrinking by shares leads to.
+      SpecError: as `shares`.
     """
-    if not is_count(rounds, 1):
-        raise SpecError(f"rounds={rounds!r}: write a whole number from 1 on")
-    if not 0 <= sparsity < 1:
-        raise SpecError(f"sparsity={sparsity!r}: write the share to remove, from 0 to below 1")
-    masked = params
-    for k in range(1, rounds + 1):
-        scores = score(masked)
-        # The last one is not computed: (1 - s)**1 need not be 1 - s in floating point.
-        removed = sparsity if k == rounds else 1 - (1 - sparsity) ** (k / rounds)
+    masked, masks = params, None
+    for removed in shares(sparsity, rounds)[1:]:
+        scores = score(masked, masks)
+        if masks is not None and not revive:
+            scores = below_all(scores, masks)
         masks = in_structure(make_masks(scores, removed, rules, scope=scope, axes=axes), params)
         masked = apply_masks(params, masks)
     return ScoredMasks(scores, masks)
+
+
+def shares(sparsity: Any, rounds: Any) -> list[float]:
+    """What is removed after each round from 0 on: `1 - (1 - sparsity)**(k / rounds)`.
+
+    Raises:
+      SpecError: for no rounds, or a sparsity that no way of shrinking by shares leads to.
+
+    Example:
+      >>> shares(0.75, 2)
+      [0.0, 0.5, 0.75]
+    """
+    if not is_count(rounds, 1):
+        raise SpecError(f"rounds={rounds!r}: write a whole number from 1 on")
+    try:
+        last = math.nan if isinstance(sparsity, (str, bytes)) else float(sparsity)
+    except (TypeError, ValueError):
+        last = math.nan
+    if not 0 <= last < 1:
+        raise SpecError(f"sparsity={sparsity!r}: write the share to remove, from 0 to below 1")
+    # The last one is not computed: (1 - s)**1 need not be 1 - s in floating point.
+    return [*(1 - (1 - last) ** (k / int(rounds)) for k in range(int(rounds))), last]
+
+
+def below_all(scores: Any, masks: Any) -> Any:
+    """The scores with minus infinity where a mask is false: those come last, even among ties."""
+    return jax.tree.map(
+        lambda x, m: jnp.where(m, x, -jnp.inf) if isinstance(m, jax.Array) else x,
+        scores, masks, is_leaf=lambda x: x is None,
+    )  # fmt: skip
 
 
 def in_structure(masks: Any, params: Any) -> Any:
@@ -89,8 +126,8 @@ def force(
 
     `(1 - sparsity)**(k / rounds)` of the weights are left after round k: what the masks keep
     shrinks by the same share each time. All weights are scored anew, also those removed, so that
-    they may come back (FORCE); with `revive=False` they may not (iterative SNIP). One round is
-    SNIP.
+    they may come back (FORCE); with `revive=False` they may not (iterative SNIP), and their score
+    is minus infinity. One round is SNIP.
 
     Args:
       loss_fn: as `snip`.
@@ -121,12 +158,11 @@ def force(
       >>> force(loss_fn, params, [jnp.eye(4)], 0.5, {"w": "unstructured"}, rounds=2).masks
       {'w': Array([False, False,  True,  True], dtype=bool)}
     """
-    weights, batches = Weights.of(params), replayed(batches)
+    weights, batches, loss_fn = Weights.of(params), replayed(batches), hashable(loss_fn)
 
-    def score(masked: Any) -> Any:
+    def score(masked: Any, masks: Any) -> Any:
         here = Weights.of(masked)
         means = mean_over_batches(gradient, loss_fn, here, batches)
-        chosen = weights if revive else here
-        return weights.scores([jnp.abs(float32(w) * g) for w, g in zip(chosen.values, means)])
+        return weights.scores([jnp.abs(float32(w) * g) for w, g in zip(weights.values, means)])
 
-    return rounds_of(score, params, sparsity, rules, rounds, scope, axes)
+    return rounds_of(score, params, sparsity, rules, rounds, scope, axes, revive=revive)

@@ -11,6 +11,11 @@ import optax
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.scores.weights import Weights, float32
 
+_GATHERS = (
+    "the optimizer gathers several steps into one update, which is not of the last gradient alone; "
+    "write MultiSteps(track_karnin(tx), k), not track_karnin(MultiSteps(tx, k))"
+)
+
 
 class KarninState(NamedTuple):
     """The state of `track_karnin`.
@@ -40,6 +45,11 @@ def track_karnin(
     Returns:
       The optimizer, whose `init` and `update` want the params.
 
+    Raises:
+      SpecError: around an optimizer that adds up gradients or updates over several steps, whose
+        `dw` is not of the gradient that it meets: wrap the one inside, as in
+        `optax.MultiSteps(track_karnin(tx), 2)`. At `init`, or at once for `optax.MultiSteps`.
+
     References:
       Karnin, *A Simple Procedure for Pruning Back-Propagation Trained Neural Networks*, 1990.
 
@@ -51,12 +61,18 @@ def track_karnin(
       >>> karnin(state, optax.apply_updates(params, updates))["w"].tolist()
       [-1.5, -4.0]
     """
+    if isinstance(inner, optax.MultiSteps):
+        raise SpecError(_GATHERS)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> KarninState:
         sums = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.float32), params)
+        state = inner.init(params)
+        gathers = lambda x: isinstance(x, (optax.MultiStepsState, optax.ApplyEvery))
+        if any(map(gathers, jax.tree.leaves(state, is_leaf=gathers))):
+            raise SpecError(_GATHERS)
         # A copy: the caller may donate its params to the first step.
-        return KarninState(inner.init(params), jax.tree.map(jnp.copy, params), sums)
+        return KarninState(state, jax.tree.map(jnp.copy, params), sums)
 
     def update(grads: Any, state: KarninState, params: Any = None, **extra: Any) -> Any:
         updates, after = inner.update(grads, state.inner, params, **extra)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
+from jaxcompress.pruning.masks import count_kept
 from jaxcompress.pruning.scores.batches import hashable
 from jaxcompress.pruning.scores.iterated import ScoredMasks, rounds_of
 from jaxcompress.pruning.scores.weights import Weights, float32
@@ -95,10 +96,12 @@ def synflow(
       axes: the input and output axes of leaves by path.
 
     Returns:
-      The scores of the last round, -1 for a weight that was removed before, and the masks.
+      The scores of the last round, minus infinity for a weight that was removed before, and the
+      masks.
 
     Raises:
-      SpecError: for no rounds, a sparsity out of range, and as `synaptic_flow`.
+      SpecError: for no rounds, a sparsity out of range, a round that cuts every path, as one does
+        that leaves less than one weight a layer, and as `synaptic_flow`.
       RuleError: for a rule that matches nothing.
 
     References:
@@ -117,11 +120,10 @@ def synflow(
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), inputs)
     fn, where = hashable(fn), tuple(Weights.of(params).axes(axes))
 
-    def score(masked: Any) -> Any:
+    def score(masked: Any, masks: Any) -> Any:
         here = Weights.of(masked)
-        found = _checked(*_flow(fn, where, rescale, here, ones))
-        # Below a weight that is left without a path, whose flow is zero too: removed ones stay so.
-        return here.scores([jnp.where(w == 0, -1, x) for w, x in zip(here.values, found)])
+        flow, found = _flow(fn, where, rescale, here, ones)
+        return here.scores(_checked(flow, found, masks))
 
     return rounds_of(score, params, sparsity, rules, rounds, scope, axes)
 
@@ -153,9 +155,18 @@ def _inverse_gain(x: jax.Array, axes: KernelAxes) -> jax.Array:
     return unit_scale(jnp.max(jnp.sum(float32(x), axis=axes.input)))[1].astype(x.dtype)
 
 
-def _checked(flow: jax.Array, scores: list[jax.Array]) -> list[jax.Array]:
+def _checked(flow: jax.Array, scores: list[jax.Array], masks: Any = None) -> list[jax.Array]:
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in [flow, *scores]]))
-    if not isinstance(flow, jax.core.Tracer) and not (bool(finite) and float(flow) > 0):
+    if isinstance(flow, jax.core.Tracer):
+        return scores
+    if masks is not None and float(flow) == 0:
+        left, layers = count_kept(masks), len(jax.tree.leaves(masks))
+        few = "less than one weight a layer; write a lower sparsity"
+        raise SpecError(
+            f"no path is left through the {left} weights that a round leaves of {layers} layers: "
+            + (few if left < layers else "write more rounds, or a lower sparsity")
+        )
+    if not (bool(finite) and float(flow) > 0):
         raise SpecError(
             f"the synaptic flow is {float(flow):g}, and must be positive and finite: write "
             "rescale=True for a deep network, or look for a layer of zeros"

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress import compat
 from jaxcompress.arrays.base import is_compressed
 from jaxcompress.errors import SpecError
 from jaxcompress.lazy import LazyArray
@@ -100,6 +101,22 @@ class Weights:
 def float32(x: jax.Array) -> jax.Array:
     """`x` in the precision in which scores are computed."""
     return x.astype(jnp.float32)
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """`x` on each device as a whole, where a mesh with Explicit axes spreads it.
+
+    A sort, a running sum and a loop over an axis have no type there on an axis that is spread.
+    """
+    if not compat.is_explicit(x):
+        return x
+    return jax.sharding.reshard(x, jax.NamedSharding(jax.typeof(x).sharding.mesh, jax.P()))
+
+
+def placed_like(like: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` placed as an array of its shape is, where a mesh with Explicit axes spreads that."""
+    place = jax.typeof(like).sharding
+    return jax.sharding.reshard(x, place) if compat.is_explicit(like) else x
 
 
 def per_weight(fn: Callable[[jax.Array], jax.Array], batch_ndim: int) -> Callable[..., jax.Array]:

@@ -236,6 +236,79 @@ def test_units_of_scores_are_those_of_masks(problem):
     assert sums[kept[0]].min() >= sums[~kept[0]].max()
 
 
+def quadratic(params, x):
+    return jnp.mean((x @ params["w"]) ** 2)
+
+
+METHODS = {
+    "snip": scores.snip,
+    "taylor": lambda *args: scores.taylor(*args, order=2),
+    "grasp": scores.grasp,
+    "obd": lambda *args: scores.obd(*args, key=jax.random.key(0), probes=2),
+    "fisher": scores.fisher,
+    "skeletonization": lambda *args: scores.skeletonization(*args, {"w": "unstructured"}),
+    "force": lambda *args: scores.force(*args, 0.5, {"w": "unstructured"}, rounds=2).scores,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_traced_scores_are_those_of_arrays(name):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    ws = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4)), jnp.float32)
+    of = lambda w: METHODS[name](quadratic, {"w": w}, [x])["w"]
+    plain = of(ws[0])
+    # Some ten float32 products, which a compiler may sum in another order.
+    close = lambda found: np.testing.assert_allclose(
+        found, plain, rtol=0, atol=1e-5 * np.abs(plain[np.isfinite(plain)]).max()
+    )
+    close(jax.jit(of)(ws[0]))
+    close(jax.vmap(of)(ws)[0])
+
+
+def test_nothing_is_traced_again_in_rounds_or_later_calls():
+    traces = []
+
+    class Loss:  # without a hash, as a module with a list among its fields
+        __hash__ = None
+
+        def __call__(self, params, x, temperature=1.0):
+            traces.append(temperature)
+            return quadratic(params, x) / temperature
+
+    loss, params, batches = Loss(), {"w": jnp.arange(1.0, 9.0)}, [jnp.eye(8)]
+    scores.force(loss, params, batches, 0.5, {"w": "unstructured"}, rounds=5)
+    assert len(traces) == 1
+    traces.clear()
+    with_hash = lambda params, x, temperature: loss(params, x, temperature)
+    counts = []
+    for temperature in (200.0, 200):
+        scores.grasp(with_hash, params, batches, temperature=temperature)
+        counts.append(len(traces))
+    assert counts[0] == counts[1] > 0
+
+
+def test_examples_beside_arguments_without_axes(problem):
+    p, scale = problem, jnp.float32(0.5)
+    loss = lambda params, x, y, scale, times: times * scale * loss_fn(params, x, y)
+    batches = [(x, y, scale, 2) for x, y in p.batches]
+    close(scores.fisher(loss, p.params, batches), (p.each**2 * p.w**2).mean(axis=0) / 2)
+    with pytest.raises(jc.SpecError, match=r"arrays of shapes \[\(3, 3\), \(2, 2\)\]; the exam"):
+        scores.fisher(loss_fn, p.params, [(p.batches[0][0], p.batches[0][1][:2])])
+    with pytest.raises(jc.SpecError, match=r"arrays of shapes \[\]"):
+        scores.obd(lambda q, s: s, p.params, [scale], curvature="fisher")
+
+
+def test_hutchinson_on_a_mesh_of_explicit_axes():
+    mesh = jax.make_mesh((1,), ("m",), axis_types=(jax.sharding.AxisType.Explicit,))
+    place = jax.NamedSharding(mesh, jax.P("m"))
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(jnp.array([1.0, 2.0]), place)}
+        loss = lambda params, a: jnp.sum(a * params["w"] ** 2)
+        found = scores.obd(loss, params, [jnp.array([3.0, 1.0])], key=jax.random.key(0))
+    assert found["w"].tolist() == [3.0, 4.0]
+    assert found["w"].sharding == place
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -128,6 +128,39 @@ def test_force_on_a_quadratic_in_rounds_written_out(revive):
     assert came_back == revive  # the case shows what it is to show
 
 
+def test_a_removed_weight_does_not_win_a_tie_at_zero():
+    def loss(params, _):
+        w = params["w"]
+        gate = jnp.where(w[0] > 0, 1, 0)  # the last three have a gradient while the first is there
+        return gate * (w[3] + w[4] + w[5]) + 1e-6 * w[0] + w[1] + w[2]
+
+    run = lambda sparsity, rounds: scores.force(
+        loss, {"w": jnp.ones(6)}, [0.0], sparsity, {"w": "unstructured"},
+        rounds=rounds, revive=False,
+    )  # fmt: skip
+    first = run(1 - (2 / 3) ** 0.5, 1).masks["w"].tolist()
+    assert first == [False, True, True, True, True, True]
+    found = run(1 / 3, 2)
+    assert found.masks["w"].tolist() == [False, True, True, True, True, False]
+    assert found.scores["w"].tolist() == [-np.inf, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "kept", "rounds", "message"),
+    [
+        (2, 2, 20, "2 weights that a round leaves of 3 layers: less than one weight a layer"),
+        (20, 6, 2, "of 3 layers: write more rounds"),
+    ],
+)
+def test_a_round_that_cuts_every_path(hidden, kept, rounds, message):
+    params = net(2, hidden, hidden, 2)
+    sparsity = 1 - kept / sum(w.size for w in kernels(params))
+    with pytest.raises(jc.SpecError, match=message):
+        scores.synflow(
+            relu_net, params, jnp.zeros((1, 2)), sparsity=sparsity, rules=RULES, rounds=rounds
+        )
+
+
 def test_one_round_of_force_is_snip():
     params = net(4, 6, 2)
     loss = lambda params, x: jnp.mean(jnp.tanh(relu_net(params, x)))
@@ -145,6 +178,7 @@ def test_one_round_of_force_is_snip():
     [
         ({"rounds": 0, "sparsity": 0.5}, "rounds=0: write a whole number"),
         ({"rounds": 2, "sparsity": 1.0}, "sparsity=1.0: write the share"),
+        ({"rounds": 2, "sparsity": "0.5"}, "sparsity='0.5': write the share"),
     ],
 )
 def test_rounds_that_lead_nowhere(options, message):

@@ -195,6 +195,44 @@ def test_hrank_by_torch():
         scores.hrank(fn, params, [])
 
 
+def test_hrank_is_compiled_once_for_all_calls():
+    traces = []
+
+    def fn(params, x, name):
+        traces.append(name)
+        return {"kernel": x}
+
+    params, batch = {"kernel": jnp.ones((1, 1, 1, 2))}, (jnp.ones((2, 3, 3, 2)), "train")
+    for _ in range(2):
+        found = scores.hrank(fn, params, [batch, batch])
+    assert found["kernel"].ravel().tolist() == [1, 1]
+    assert traces == ["train"]
+
+
+def test_lamp_and_the_median_on_a_mesh_of_explicit_axes():
+    mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    place = jax.NamedSharding(mesh, jax.P("a", "b"))
+    w = normal((4, 6))
+    for score in (scores.lamp, scores.geometric_median):
+        found = score({"kernel": jax.device_put(w, place)})["kernel"]
+        assert found.sharding == place
+        np.testing.assert_array_equal(found, score({"kernel": w})["kernel"])
+
+
+def test_nisp_of_convolutions_of_one_and_three_spatial_axes():
+    for shape in ((2, 3, 4), (1, 2, 1, 3, 4)):
+        first, second = normal((1,) * (len(shape) - 2) + (2, 3)), normal(shape, 1)
+        params = {"a": first, "b": second}
+        with pytest.raises(jc.SpecError, match=r"write axes=\{'b': KernelAxes\(\(") as told:
+            scores.nisp(params, ["a", "b"])
+        at = jc.KernelAxes(tuple(range(-len(shape), -1)), (-1,))
+        assert f"KernelAxes({at.input}, {at.output})" in str(told.value)
+        found = scores.nisp(params, ["a", "b"], axes={"a": at, "b": at})
+        expected = np.abs(second).sum(axis=(*range(len(shape) - 2), -1))  # of each input channel
+        mine = np.asarray(found["a"]).reshape(-1, 3)[0]
+        np.testing.assert_allclose(mine / mine.sum(), expected / expected.sum(), rtol=1e-5)
+
+
 def test_nisp_in_loops():
     conv, dense, head = normal((3, 3, 2, 4), 1), normal((12, 5), 2), normal((5, 3), 3)
     params = {"a": {"kernel": conv}, "b": {"kernel": dense}, "c": {"kernel": head, "bias": head[0]}}
@@ -217,6 +255,24 @@ def test_nisp_in_loops():
         np.testing.assert_allclose(mine / mine.max(), expected / expected.max(), rtol=2e-6)
     with pytest.raises(jc.SpecError, match="write the kernels one after the other"):
         scores.nisp(params, ["c/kernel", "a/kernel"])
+
+
+def test_karnin_goes_inside_of_what_gathers_steps():
+    tx = optax.sgd(1.0)
+    with pytest.raises(jc.SpecError, match=r"write MultiSteps\(track_karnin\(tx\), k\)"):
+        scores.track_karnin(optax.MultiSteps(tx, 2))
+    params = {"w": jnp.array([1.0, 2.0])}
+    within = optax.chain(optax.clip(1.0), optax.MultiSteps(tx, 2).gradient_transformation())
+    for gathers in (within, optax.apply_every(2)):
+        with pytest.raises(jc.SpecError, match="gathers several steps"):
+            scores.track_karnin(gathers).init(params)
+    both = optax.MultiSteps(scores.track_karnin(tx), 2)
+    state = both.init(params)
+    for g in (jnp.array([1.0, 0.0]), jnp.array([3.0, 2.0])):  # means 2 and 1
+        updates, state = both.update({"w": g}, state, params)
+        params = optax.apply_updates(params, updates)
+    # -sum g dw w_f / (w_f - w_i), of one step of the mean: 4 * -1 / -2 and 1 * 1 / -1.
+    assert scores.karnin(state, params)["w"].tolist() == [2.0, -1.0]
 
 
 def test_karnin_is_the_papers_formula_for_gradient_descent():
