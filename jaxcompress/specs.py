@@ -82,10 +82,10 @@ class Spec:
             context = LeafContext("leaf", default_axes("leaf", leaf.ndim))
         if is_compressed(leaf):
             return self._inner(leaf, context)
-        leaf, mesh = _on_auto_axes(leaf)
+        leaf, mesh = on_auto_axes(leaf)
         plan = self.plan(leaf, context)
         out = _apply(plan, leaf, context.key, _placement(plan, leaf, context.key))
-        return out if mesh is None else _on_mesh(out, mesh)
+        return out if mesh is None else on_mesh(out, mesh)
 
     def _inner(self, leaf: CompressedArray, context: LeafContext) -> CompressedArray:
         if not leaf.inner:
@@ -161,13 +161,19 @@ def child_axes(leaf: CompressedArray, name: str, child: Any) -> KernelAxes:
     )
 
 
-def _on_auto_axes(leaf: Any) -> tuple[Any, Mesh | None]:
+def on_auto_axes(leaf: Any) -> tuple[Any, Mesh | None]:
     """A leaf on a mesh with Explicit axes as it lies on the same mesh with Auto ones, and the mesh.
 
     A sort or a running sum has no type under Explicit axes; where the outcome lies is settled by
-    `_placement` in any case.
+    its `shardings` in any case, and `on_mesh` brings it back.
+
+    Args:
+      leaf: any array, traced or not.
+
+    Returns:
+      The leaf, and the mesh it was on; the leaf as it is and None where there is nothing to do.
     """
-    sharding = _sharding(leaf)
+    sharding = mesh_sharding(leaf)
     if sharding is None or not isinstance(sharding.mesh, Mesh):
         return leaf, None
     mesh = sharding.mesh
@@ -177,11 +183,12 @@ def _on_auto_axes(leaf: Any) -> tuple[Any, Mesh | None]:
     return jax.device_put(leaf, NamedSharding(auto, sharding.spec)), mesh
 
 
-def _on_mesh(leaf: CompressedArray, mesh: Mesh) -> CompressedArray:
+def on_mesh(leaf: CompressedArray, mesh: Mesh) -> CompressedArray:
+    """A compressed leaf as it lies on another mesh of the same axes; undoes `on_auto_axes`."""
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), leaf)
 
 
-def _sharding(leaf: Any) -> NamedSharding | None:
+def mesh_sharding(leaf: Any) -> NamedSharding | None:
     """Where a concrete leaf lies that is spread over several devices of a mesh, else None."""
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     spread = isinstance(sharding, NamedSharding) and sharding.num_devices > 1
@@ -208,7 +215,7 @@ def _apply(plan: Plan, leaf: jax.Array, key: jax.Array | None, placement: Any) -
 
 def _placement(plan: Plan, leaf: Any, key: jax.Array | None) -> Any:
     """Shardings of the outcome for a leaf that lies over several devices, else None."""
-    sharding = _sharding(leaf)
+    sharding = mesh_sharding(leaf)
     if sharding is None:
         return None
     return jax.eval_shape(plan.apply, leaf, key).shardings(sharding)

@@ -71,7 +71,14 @@ def differences(fn, x, h=1e-5):
     return out
 
 
-@pytest.mark.parametrize("name", [*PENALTIES, "elimination"])
+def slowly(*names):
+    """Names, of which those that another one contains are slow."""
+    repeats = ("group", "sized", "growl, half")
+    mark = pytest.mark.slow
+    return [pytest.param(n, marks=mark) if n in repeats else n for n in names]
+
+
+@pytest.mark.parametrize("name", slowly(*PENALTIES, "elimination"))
 def test_value_and_gradient_are_those_of_the_formula(name):
     penalty, formula = PENALTIES.get(name, ELIMINATION)
     w = example()
@@ -86,7 +93,7 @@ def test_value_and_gradient_are_those_of_the_formula(name):
     assert not np.any(np.asarray(grad)[1])
 
 
-@pytest.mark.parametrize("name", ["group", "sparse group", "growl", "growl, half"])
+@pytest.mark.parametrize("name", slowly("group", "sparse group", "growl", "growl, half"))
 def test_the_step_lands_where_brute_force_finds_the_minimum(name):
     penalty, formula = PENALTIES[name]
     w = example(1, (3, 2)) * 0.8

@@ -12,6 +12,7 @@ import numpy as np
 from jaxcompress.arrays.base import CompressedArray, narrows
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.patterns import Pattern, lay
+from jaxcompress.pruning.penalties import unit_sizes
 from jaxcompress.pruning.spec import Prune
 from jaxcompress.rules import KernelAxes
 from jaxcompress.specs import LeafContext
@@ -111,7 +112,8 @@ class GateArray(CompressedArray):
 
     def sizes(self) -> jax.Array:
         """How many weights each gate has, in the shape of the gates of one weight."""
-        return jnp.asarray(sizes_of(self.unit, self.shape[self.batch_ndim :]), jnp.float32)
+        pattern = Pattern("gates", tuple(self.unit))
+        return jnp.asarray(unit_sizes(pattern, self.shape[self.batch_ndim :]), jnp.float32)
 
     def astype(self, dtype: Any) -> CompressedArray | None:
         return self.replace(float_dtype=np.dtype(dtype)) if narrows(self.dtype, dtype) else None
@@ -138,15 +140,6 @@ def stored(w: jax.Array, batch_ndim: int) -> CompressedArray | jax.Array:
     return sparse if sparse.nbytes < w.size * w.dtype.itemsize else w
 
 
-def sizes_of(unit: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """How many weights each unit has: the boxes at an end may be smaller."""
-    sizes = np.ones((), np.int64)
-    for n, box in zip(shape, unit):
-        units = -(-n // box) if n else 0
-        sizes = sizes[..., None] * np.minimum(box, n - box * np.arange(units))
-    return sizes
-
-
 def lay_gates(group: str, leaf: Any, context: LeafContext) -> Pattern:
     """The groups of a leaf's weights that share a gate, as `lay` has them.
 
@@ -166,35 +159,15 @@ def lay_gates(group: str, leaf: Any, context: LeafContext) -> Pattern:
     return pattern
 
 
-def gate_shape(pattern_unit: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+def gate_shape(pattern: Pattern, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the gates of a stack of weights of one shape."""
-    batch = len(shape) - len(pattern_unit)
-    units = [-(-n // box) if n else 0 for n, box in zip(shape[batch:], pattern_unit)]
-    return (*shape[:batch], *units)
+    batch = len(shape) - len(pattern.unit)
+    return (*shape[:batch], *pattern.units(shape[batch:]))
 
 
 def logit(p: float) -> float:
     """`log(p / (1 - p))` on the host."""
     return math.log(p) - math.log1p(-p)
-
-
-def check_share(name: str, value: Any, example: float) -> None:
-    """Refuses what is no number strictly between 0 and 1."""
-    if not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise SpecError(f"{name}={value!r}: write a number between 0 and 1, such as {example}")
-
-
-def check_number(name: str, value: Any, example: float) -> None:
-    """Refuses what is no finite number."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise SpecError(f"{name}={value!r}: write a finite number, such as {example}")
-
-
-def check_positive(name: str, value: Any, example: float) -> None:
-    """Refuses what is no finite number above 0."""
-    check_number(name, value, example)
-    if value <= 0:
-        raise SpecError(f"{name}={value!r}: write a number above 0, such as {example}")
 
 
 @jax.custom_jvp

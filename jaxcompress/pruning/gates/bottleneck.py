@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.base import register_array
-from jaxcompress.pruning.gates.base import (
-    GateArray,
-    check_number,
-    gate_shape,
-    lay_gates,
-)
+from jaxcompress.pruning.checks import check_number
+from jaxcompress.pruning.gates.base import GateArray, gate_shape, lay_gates
+from jaxcompress.pruning.patterns import Pattern
 from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
 
 
@@ -121,23 +118,23 @@ class InformationBottleneck(Spec):
 
     def plan(self, leaf: Any, context: LeafContext) -> Plan:
         """Lays the groups on the leaf."""
-        return _Plan(self, lay_gates(self.group, leaf, context).unit)
+        return _Plan(self, lay_gates(self.group, leaf, context))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan(Plan):
     spec: InformationBottleneck
-    unit: tuple[int, ...]
+    pattern: Pattern
 
     def apply(self, leaf: jax.Array, key: jax.Array | None) -> BottleneckArray:
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-        shape = gate_shape(self.unit, leaf.shape)
+        shape = gate_shape(self.pattern, leaf.shape)
         return BottleneckArray(
             leaf,
             jnp.ones(shape, dtype),
             jnp.full(shape, self.spec.log_var, dtype),
             None,
-            unit=self.unit,
+            unit=self.pattern.unit,
             threshold=float(self.spec.threshold),
             float_dtype=np.dtype(leaf.dtype),
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxcompress import compat
@@ -86,14 +88,23 @@ def _local(primitive: compat.Primitive, i: int, operands: list[Any], params: dic
         return NotImplemented if rule is None else rule(i, operands, params)
     if leaf.batch_ndim or not math.prod(leaf.shape):
         return NotImplemented
-    mean, var = (x.astype(leaf.dtype) for x in leaf.moments())
-    center = list(operands)
-    center[i] = mean
-    spread = [x if j == i else x * x for j, x in enumerate(operands)]
-    spread[i] = var
-    out = primitive.bind(*center, **params)
-    sd = deviation(primitive.bind(*spread, **params))
-    return out + sd * jax.random.normal(leaf.key(0), out.shape, out.dtype)
+    # In float32 until the sum is there: squares of float16 soon overflow or vanish.
+    mean, var = leaf.moments()
+    wide = [x if j == i else x.astype(mean.dtype) for j, x in enumerate(operands)]
+    bind = functools.partial(primitive.bind, **_widened(params, mean.dtype))
+    out = bind(*(mean if j == i else x for j, x in enumerate(wide)))
+    sd = deviation(bind(*(var if j == i else x * x for j, x in enumerate(wide))))
+    out = out + sd * jax.random.normal(leaf.key(0), out.shape, out.dtype)
+    narrow = params["preferred_element_type"] or jnp.result_type(*(x.dtype for x in operands))
+    return out.astype(narrow)
+
+
+def _widened(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The parameters of a contraction for operands of another dtype."""
+    precision = params["precision"]
+    if isinstance(precision, (lax.DotAlgorithm, lax.DotAlgorithmPreset)):
+        precision = None  # it names the dtypes that the operands had
+    return {**params, "preferred_element_type": np.dtype(dtype), "precision": precision}
 
 
 @register_rule(GaussianArray, "dot_general")

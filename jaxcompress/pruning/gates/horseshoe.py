@@ -11,13 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.base import register_array
-from jaxcompress.pruning.gates.base import (
-    check_number,
-    check_positive,
-    gate_shape,
-    lay_gates,
-)
+from jaxcompress.pruning.checks import check_number, check_positive
+from jaxcompress.pruning.gates.base import gate_shape, lay_gates
 from jaxcompress.pruning.gates.gaussian import GaussianArray
+from jaxcompress.pruning.patterns import Pattern
 from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
 
 
@@ -206,18 +203,18 @@ class Horseshoe(Spec):
 
     def plan(self, leaf: Any, context: LeafContext) -> Plan:
         """Lays the groups on the leaf."""
-        return _Plan(self, lay_gates(self.group, leaf, context).unit)
+        return _Plan(self, lay_gates(self.group, leaf, context))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan(Plan):
     spec: Horseshoe
-    unit: tuple[int, ...]
+    pattern: Pattern
 
     def apply(self, leaf: jax.Array, key: jax.Array | None) -> HorseshoeArray:
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-        groups = (*gate_shape(self.unit, leaf.shape), 2)
-        whole = (*leaf.shape[: leaf.ndim - len(self.unit)], 2)
+        groups = (*gate_shape(self.pattern, leaf.shape), 2)
+        whole = (*leaf.shape[: leaf.ndim - len(self.pattern.unit)], 2)
         # The mean of a scale, exp(mean + var / 2) of its logarithm, shall be 1: each of the
         # four variables has half its mean, and a quarter of its variance, in that logarithm.
         mean = -math.exp(self.spec.log_var) / 4
@@ -229,7 +226,7 @@ class _Plan(Plan):
             jnp.full(whole, mean, dtype),
             jnp.full(whole, self.spec.log_var, dtype),
             None,
-            unit=self.unit,
+            unit=self.pattern.unit,
             global_scale=float(self.spec.global_scale),
             threshold=float(self.spec.threshold),
             float_dtype=np.dtype(leaf.dtype),

@@ -12,15 +12,9 @@ import numpy as np
 
 from jaxcompress.arrays.base import register_array
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.gates.base import (
-    GateArray,
-    check_number,
-    check_positive,
-    check_share,
-    gate_shape,
-    lay_gates,
-    logit,
-)
+from jaxcompress.pruning.checks import check_inside, check_number, check_positive
+from jaxcompress.pruning.gates.base import GateArray, gate_shape, lay_gates, logit
+from jaxcompress.pruning.patterns import Pattern
 from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
 
 
@@ -73,7 +67,10 @@ class HardConcreteArray(GateArray):
         at = self.log_alpha
         if self.noise is not None:
             at = (at + self.noise) / self.beta
-        return jnp.clip(jax.nn.sigmoid(at) * (self.zeta - self.gamma) + self.gamma, 0, 1)
+        # The sum before the product: of `a * b + c` a compiler makes one rounding or two, and the
+        # gates would be others than those of the same step uncompiled.
+        span = self.zeta - self.gamma
+        return jnp.clip((jax.nn.sigmoid(at) + self.gamma / span) * span, 0, 1)
 
     def value(self) -> jax.Array:
         return self.weight.astype(self.compute_dtype) * self.spread(self.gates())
@@ -139,7 +136,7 @@ class L0HardConcrete(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("keep", self.keep, 0.9)
+        check_inside("keep", self.keep, 0.9)
         check_number("gamma", self.gamma, -0.1)
         check_number("zeta", self.zeta, 1.1)
         check_positive("beta", self.beta, 2 / 3)
@@ -151,21 +148,21 @@ class L0HardConcrete(Spec):
 
     def plan(self, leaf: Any, context: LeafContext) -> Plan:
         """Lays the groups on the leaf."""
-        return _Plan(self, lay_gates(self.group, leaf, context).unit)
+        return _Plan(self, lay_gates(self.group, leaf, context))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan(Plan):
     spec: L0HardConcrete
-    unit: tuple[int, ...]
+    pattern: Pattern
 
     def apply(self, leaf: jax.Array, key: jax.Array | None) -> HardConcreteArray:
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
         return HardConcreteArray(
             leaf,
-            jnp.full(gate_shape(self.unit, leaf.shape), logit(self.spec.keep), dtype),
+            jnp.full(gate_shape(self.pattern, leaf.shape), logit(self.spec.keep), dtype),
             None,
-            unit=self.unit,
+            unit=self.pattern.unit,
             gamma=float(self.spec.gamma),
             zeta=float(self.spec.zeta),
             beta=float(self.spec.beta),

@@ -13,7 +13,9 @@ import numpy as np
 
 from jaxcompress.arrays.base import register_array
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.gates.base import GateArray, check_number, masked
+from jaxcompress.pruning.checks import check_number, check_share
+from jaxcompress.pruning.gates.base import GateArray, masked
+from jaxcompress.pruning.penalties import magnitude
 from jaxcompress.pruning.select import kept_count, top_mask
 from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
 
@@ -41,7 +43,7 @@ class EdgePopupArray(_Masked):
     """A frozen weight of which the `kept` of largest `|score|` are used.
 
     Forward, `w h` with h 1 at the k largest `|s|`, exactly k, ties by the lowest index. Backward,
-    the gradient passes h as if it were `|s|`: `ds = dw w sign(s)`; w has none.
+    the gradient passes h as if it were `|s|`: `ds = dw w sign(s)`, 0 at 0; w has none.
 
     Attributes:
       weight: the dense weight, frozen.
@@ -67,7 +69,7 @@ class EdgePopupArray(_Masked):
     float_dtype: np.dtype
 
     def soft(self) -> jax.Array:
-        return jnp.abs(self.scores)
+        return magnitude(self.scores)
 
     def keep(self) -> jax.Array:
         select = functools.partial(top_mask, k=self.kept)
@@ -112,10 +114,7 @@ class EdgePopup(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity <= 1:
-            raise SpecError(
-                f"sparsity={self.sparsity!r}: write the share of unused weights, from 0 to 1"
-            )
+        check_share("sparsity", self.sparsity, "the share of unused weights")
         if self.scores not in ("magnitude", "random"):
             raise SpecError(f"scores={self.scores!r}: write 'magnitude' or 'random'")
 

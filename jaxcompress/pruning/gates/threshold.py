@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.base import register_array
-from jaxcompress.pruning.gates.base import GateArray, check_share, gate_shape, lay_gates, logit
+from jaxcompress.pruning.checks import check_inside
+from jaxcompress.pruning.gates.base import GateArray, gate_shape, lay_gates, logit
+from jaxcompress.pruning.patterns import Pattern
 from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
 
 
@@ -97,23 +99,23 @@ class SoftThreshold(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("threshold", self.threshold, 1e-3)
+        check_inside("threshold", self.threshold, 1e-3)
 
     def plan(self, leaf: Any, context: LeafContext) -> Plan:
         """Lays the groups on the leaf."""
-        return _Plan(self, lay_gates(self.group, leaf, context).unit)
+        return _Plan(self, lay_gates(self.group, leaf, context))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan(Plan):
     spec: SoftThreshold
-    unit: tuple[int, ...]
+    pattern: Pattern
 
     def apply(self, leaf: jax.Array, key: jax.Array | None) -> SoftThresholdArray:
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
         return SoftThresholdArray(
             leaf,
-            jnp.full(gate_shape(self.unit, leaf.shape), logit(self.spec.threshold), dtype),
-            unit=self.unit,
+            jnp.full(gate_shape(self.pattern, leaf.shape), logit(self.spec.threshold), dtype),
+            unit=self.pattern.unit,
             float_dtype=np.dtype(leaf.dtype),
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.base import register_array
-from jaxcompress.pruning.gates.base import check_number
+from jaxcompress.pruning.checks import check_number
 from jaxcompress.pruning.gates.gaussian import GaussianArray
 from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
 

@@ -135,7 +135,8 @@ def posterior_bits(tree: Any) -> dict[str, int]:
 
     The least b for which a symmetric code of b bits, of step `max|w| / (2**(b-1) - 1)`, is off by
     no more than the posterior's own standard deviation: half a step is at most the root mean
-    variance of the weights that stay. At least 2; `jc.Quantize(f"int{b}")` takes up to 8.
+    variance of the weights that stay. At least 2 and at most the bits of the leaf's dtype, which
+    are needed where there is hardly any noise; `jc.Quantize(f"int{b}")` takes up to 8.
 
     Args:
       tree: a tree with `VariationalDropout` or `Horseshoe` leaves, concrete.
@@ -159,9 +160,13 @@ def posterior_bits(tree: Any) -> dict[str, int]:
         if isinstance(leaf, GaussianArray):
             mask = np.asarray(leaf.mask())
             largest = float(np.max(np.abs(np.asarray(leaf.pruned(), np.float64)), initial=0))
-            var = np.asarray(leaf.variance(), np.float64)[mask]
-            steps = largest / (2 * np.sqrt(var.mean())) if largest else 1.0
-            out[path] = max(2, 1 + int(np.ceil(np.log2(steps + 1))))
+            # A variance is a difference, and rounding may take it below 0.
+            var = np.maximum(np.asarray(leaf.variance(), np.float64)[mask], 0)
+            half = np.sqrt(var.mean()) if largest else 1.0
+            most = 8 * leaf.dtype.itemsize
+            enough = 2.0**most * half > largest
+            bits = 1 + int(np.ceil(np.log2(largest / (2 * half) + 1))) if enough else most
+            out[path] = min(max(2, bits), most)
     return out
 
 

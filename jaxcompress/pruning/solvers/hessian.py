@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
+from jaxcompress.pruning.checks import is_number
 
 # Where none was asked for and it takes some, and where the search ends: a damping of K times the
 # mean makes any matrix dominated by its diagonal.
@@ -40,9 +41,11 @@ def hessian(gram: jax.Array, damping: float | jax.Array) -> Hessian:
     """Normalizes, damps and factors a Gram matrix.
 
     `H = gram + damping mean(diag(gram)) I`, the mean being over inputs that are not dead. The
-    damping is the asked one or, where that is not enough for a Cholesky factor with pivots above
-    rounding errors, ten times as much, and so on: `L_ii**2 > 4 eps H_ii`. A pivot below that is
-    noise, and what is divided by it is noise as well.
+    damping is the asked one or, where that is not enough for a factor that rounding errors do not
+    spoil, ten times as much, and so on: until `[H^-1]_ii H_ii < 1 / (4 eps)` for all i. The
+    largest of these products is the condition number, up to a factor of K**2, of H scaled to ones
+    on its diagonal. The pivots of the Cholesky factor alone do not tell: all may be far from 0 and
+    the inverse as large as you like.
 
     The factor of the inverse takes one Cholesky factor and no inverse: with the order of the inputs
     reversed, `H = R R'` for an upper triangular R, so that `H^-1 = R^-T R^-1` and `U = R^-1`.
@@ -76,17 +79,17 @@ def hessian(gram: jax.Array, damping: float | jax.Array) -> Hessian:
         following, *_ = state
         matrix = damped(following)
         root = lax.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
-        noise = 4 * jnp.finfo(jnp.float32).eps * jnp.diagonal(matrix)
-        sound = jnp.all(jnp.diagonal(root) ** 2 > noise)  # false for NaN
-        return jnp.maximum(10 * following, _LEAST), following, root, sound
+        factor = lax.linalg.triangular_solve(root, eye, left_side=True, lower=False)
+        condition = jnp.sum(factor**2, axis=0) * jnp.diagonal(matrix)
+        sound = jnp.all(condition < 1 / (4 * jnp.finfo(jnp.float32).eps))  # false for NaN
+        return jnp.maximum(10 * following, _LEAST), following, factor, sound
 
     first = jnp.float32(damping)
-    _, used, root, _ = lax.while_loop(
+    _, used, factor, _ = lax.while_loop(
         lambda state: ~state[3] & (state[0] < _MOST),
         attempt,
         (first, first, eye, jnp.asarray(False)),
     )
-    factor = lax.linalg.triangular_solve(root, eye, left_side=True, lower=False)
     return Hessian(gram, damped(used), factor, dead, scale, used)
 
 
@@ -139,13 +142,35 @@ def check_shapes(w: Any, gram: Any, name: str) -> None:
         )
 
 
+def check_finite(gram: Any, name: str) -> None:
+    """Refuses a Gram matrix that is NaN or infinite in float32, where it is concrete.
+
+    Raises:
+      SpecError: says how many entries are.
+    """
+    if isinstance(gram, jax.core.Tracer) or not gram.size:
+        return
+    with jax.ensure_compile_time_eval():  # also where a trace is under way
+        bad = int(_count_bad(gram))
+    if bad:
+        raise SpecError(
+            f"{name}: {bad} of {gram.size} entries of the Gram matrix are NaN or beyond float32; "
+            "write the sum over inputs that are finite, divided by their number if they are huge"
+        )
+
+
+@jax.jit
+def _count_bad(gram: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(gram.astype(jnp.float32)))
+
+
 def check_damping(damping: Any) -> None:
     """Refuses a damping that is no number of at least 0.
 
     Raises:
       SpecError: says what to write.
     """
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < 1e6:
+    if not is_number(damping, 0) or damping >= 1e6:
         raise SpecError(f"damping={damping!r}: write a share of the mean diagonal, such as 0.01")
 
 

@@ -14,6 +14,7 @@ from jaxcompress.pruning.solvers.hessian import (
     Hessian,
     Solution,
     check_damping,
+    check_finite,
     check_shapes,
     hessian,
     output_error,
@@ -46,13 +47,14 @@ def obs(w: jax.Array, gram: jax.Array, kept: int, *, damping: float = 1e-4) -> S
         the diagonal) gets weights of zero.
       kept: how many of the K N weights stay, exactly.
       damping: the share of the mean diagonal that is added to the diagonal; more, where
-        that is too little for a Cholesky factor.
+        that is too little for a factor that rounding does not spoil.
 
     Returns:
       The weights, mask, damping and error.
 
     Raises:
-      SpecError: for shapes that do not fit, and a count or damping that is none.
+      SpecError: for shapes that do not fit, a count or damping that is none, and a Gram matrix that
+        is concrete and not finite.
 
     References:
       Hassibi and Stork, *Second Order Derivatives for Network Pruning: Optimal Brain Surgeon*,
@@ -62,7 +64,7 @@ def obs(w: jax.Array, gram: jax.Array, kept: int, *, damping: float = 1e-4) -> S
       >>> import jax.numpy as jnp
       >>> gram = jnp.array([[1.0, 0.9], [0.9, 1.0]])  # the inputs are nearly the same,
       >>> found = obs(jnp.array([[1.0], [2.0]]), gram, 1, damping=0.0)
-      >>> tuple(round(float(x), 3) for x in found.weight.ravel())  # so that one does the work of both
+      >>> tuple(round(float(x), 3) for x in found.weight.ravel())  # one does the work of both
       (0.0, 2.9)
     """
     _check(w, gram, kept, damping, "obs")
@@ -136,7 +138,7 @@ def reconstruct(
       but for the damping.
 
     Raises:
-      SpecError: for shapes that do not fit.
+      SpecError: for shapes that do not fit, and as `obs`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -156,6 +158,7 @@ def reconstruct(
 def _check(w: Any, gram: Any, kept: Any, damping: Any, name: str) -> None:
     check_shapes(w, gram, name)
     check_damping(damping)
+    check_finite(gram, name)
     size = w.shape[-2] * w.shape[-1]
     if not is_count(kept, 0, size):
         raise SpecError(f"kept={kept!r}: write how many of the {size} weights stay")

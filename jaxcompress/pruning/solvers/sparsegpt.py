@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.errors import SpecError
+from jaxcompress.pruning.checks import check_share
 from jaxcompress.pruning.patterns import parse_pattern
 from jaxcompress.pruning.select import kept_count
 from jaxcompress.pruning.solvers.frame import frame, shares
 from jaxcompress.pruning.solvers.hessian import (
     Solution,
     check_damping,
+    check_finite,
     check_shapes,
     hessian,
     output_error,
@@ -70,7 +72,7 @@ def sparsegpt(
       pattern: None for any place, or `"n:m"`: n of each m consecutive inputs stay.
       block_size: inputs in a block; rounded up to whole groups of the pattern and of the scales.
       damping: the share of the mean diagonal that is added; ten times as much, and so on, where
-        that is too little for a Cholesky factor.
+        that is too little for a factor that rounding does not spoil.
       quantize: a `Quantize` without `axis` for what stays, or None.
 
     Returns:
@@ -79,7 +81,8 @@ def sparsegpt(
 
     Raises:
       SpecError: for shapes that do not fit, a sparsity outside of 0 to 1 or other than the
-        pattern's, and a bad block size, damping or quantization.
+        pattern's, a bad block size, damping or quantization, and a Gram matrix that is concrete
+        and not finite.
 
     References:
       Frantar and Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in
@@ -95,6 +98,7 @@ def sparsegpt(
     check_shapes(w, gram, "sparsegpt")
     check_options(sparsity, pattern, block_size, damping)
     check_quantize(quantize, "sparsegpt")
+    check_finite(gram, "sparsegpt")
     if not w.size:
         return unchanged(w)
     options = Options(sparsity, pattern, block_size, damping, quantize)
@@ -120,9 +124,8 @@ def check_options(sparsity: Any, pattern: Any, block_size: Any, damping: Any) ->
     """
     if pattern is None and sparsity is None:
         raise SpecError("write a sparsity, the share to remove, such as 0.5, or a pattern")
-    real = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
-    if sparsity is not None and not (real and 0 <= sparsity <= 1):
-        raise SpecError(f"sparsity={sparsity!r}: write the share to remove, from 0 to 1")
+    if sparsity is not None:
+        check_share("sparsity", sparsity, "the share to remove")
     if pattern is not None:
         n, m = parse_pattern(pattern)
         if sparsity is not None and not math.isclose(1 - n / m, sparsity, abs_tol=1e-6):

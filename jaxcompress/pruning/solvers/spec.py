@@ -18,7 +18,7 @@ from jaxcompress.errors import SpecError
 from jaxcompress.pruning.patterns import parse_pattern
 from jaxcompress.pruning.select import kept_count
 from jaxcompress.pruning.solvers.folding import Folding, folding
-from jaxcompress.pruning.solvers.hessian import Solution
+from jaxcompress.pruning.solvers.hessian import Solution, check_finite
 from jaxcompress.pruning.solvers.rounding import check_quantize
 from jaxcompress.pruning.solvers.sparsegpt import Options, check_options, solve
 from jaxcompress.quantization.spec import Quantize
@@ -27,9 +27,9 @@ from jaxcompress.specs import (
     LeafContext,
     Plan,
     Spec,
-    _on_auto_axes,
-    _on_mesh,
-    _sharding,
+    mesh_sharding,
+    on_auto_axes,
+    on_mesh,
     register_spec,
 )
 
@@ -146,8 +146,9 @@ class _SparseGPTPlan(Plan):
 
 
 def _solved(plan: _SparseGPTPlan, leaf: Any, gram: Any) -> Any:
-    leaf, mesh = _on_auto_axes(leaf)
-    sharding = _sharding(leaf)
+    check_finite(gram, plan.path)
+    leaf, mesh = on_auto_axes(leaf)
+    sharding = mesh_sharding(leaf)
     if sharding is not None:
         gram = jax.device_put(gram, NamedSharding(sharding.mesh, PartitionSpec()))
     how = plan.folding
@@ -161,7 +162,7 @@ def _solved(plan: _SparseGPTPlan, leaf: Any, gram: Any) -> Any:
         out = _quantized(found, how, plan.options.quantize)
     if sharding is not None:
         out = jax.device_put(out, out.shardings(sharding))
-    return out if mesh is None else _on_mesh(out, mesh)
+    return out if mesh is None else on_mesh(out, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -120,24 +120,49 @@ def test_products_are_drawn_per_example_with_mean_and_variance_of_their_own():
     # Of one draw of the weights, all rows would be alike, and columns would be correlated.
     assert np.all(abs(np.corrcoef(y.T)[np.triu_indices(3, 1)]) < 5 / np.sqrt(n))
     loss = lambda s: jnp.mean(apply(leaf.replace(log_sigma2=s), x[:64]) ** 2)
-    grad = jax.grad(loss)(leaf.log_sigma2)
+    grad = jax.jit(jax.grad(loss))(leaf.log_sigma2)
     assert np.all(np.isfinite(grad))
     assert np.any(grad)
     # Elsewhere the weights are drawn: one look-up of all rows is the leaf as it is drawn.
-    rows = jc.compressed(lambda w: w[jnp.arange(4)])(leaf)
-    np.testing.assert_array_equal(rows, leaf.materialize())
+    rows = jax.jit(jc.compressed(lambda w: w[jnp.arange(4)]))(leaf)
+    np.testing.assert_array_equal(rows, jax.jit(lambda leaf: leaf.materialize())(leaf))
     # A convolution draws its outcome too, of the same moments.
     kernel = jnp.asarray(rng.normal(size=(3, 1, 1, 2)).astype(np.float32))
     conv = gates.VariationalDropout(-1.0)(kernel).drawn(jax.random.key(2))
     image = jnp.ones((1, 20_000, 1, 1))
-    out = jc.compressed(
-        lambda k, x: jax.lax.conv_general_dilated(
-            x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-    )(conv, image)[0, :, 0]
+    convolve = lambda k, x: jax.lax.conv_general_dilated(
+        x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    out = np.asarray(jax.jit(jc.compressed(convolve))(conv, image))[0, :, 0]
     sd = np.sqrt(3 * np.exp(-1.0))
     assert np.all(abs(out.mean(axis=0) - kernel.sum(axis=(0, 1, 2))) < 5 * sd / np.sqrt(len(out)))
     assert np.all(abs(out.var(axis=0) / sd**2 - 1) < 5 * np.sqrt(2 / len(out)))
+
+
+def test_noise_of_float16_is_that_of_float32_rounded_once():
+    rng = np.random.default_rng(0)
+    w, c = rng.normal(size=(8, 3)).astype(np.float16), rng.normal(size=3).astype(np.float32)
+    # Squares beyond what float16 holds, and squares below.
+    x = np.float16([[300.0], [1e-4]]) * np.ones((2, 8), np.float16)
+
+    def both(dtype):
+        leaf = gates.VariationalDropout(-3.0)(jnp.asarray(w.astype(dtype)))
+        leaf = leaf.drawn(jax.random.key(1))
+
+        def loss(s):
+            y = jc.compressed(jnp.matmul)(jnp.asarray(x.astype(dtype)), leaf.replace(log_sigma2=s))
+            return jnp.sum(y[1].astype(jnp.float32) * c), y
+
+        grad, y = jax.jit(jax.grad(loss, has_aux=True))(leaf.log_sigma2)
+        return np.asarray(y), np.asarray(grad)
+
+    (short, short_grad), (wide, grad) = both(np.float16), both(np.float32)
+    assert short.dtype == np.float16
+    np.testing.assert_array_equal(short, wide.astype(np.float16))
+    np.testing.assert_allclose(wide[0], 300 * w.sum(axis=0), atol=5 * 300 * np.sqrt(8 * np.exp(-3)))
+    # The same but for c, which is rounded to float16 on its way back.
+    np.testing.assert_allclose(short_grad, grad, rtol=2.0**-11 + 1e-6)
+    assert np.all(grad)
 
 
 def test_posterior_bits_are_the_least_whose_half_step_is_below_the_deviation():
@@ -148,3 +173,6 @@ def test_posterior_bits_are_the_least_whose_half_step_is_below_the_deviation():
         half = lambda b: float(jnp.max(jnp.abs(w))) / (2 ** (b - 1) - 1) / 2
         assert half(bits) <= np.exp(log_sigma2 / 2)
         assert bits == 2 or half(bits - 1) > np.exp(log_sigma2 / 2)
+    # Where float32 has no such variance, more bits than those of the dtype say nothing more.
+    still = {n: gates.VariationalDropout(-200.0)(w.astype(n)) for n in ("float32", "bfloat16")}
+    assert gates.posterior_bits(still) == {"float32": 32, "bfloat16": 16}

@@ -43,7 +43,7 @@ def check(leaf, formula, price):
             np.testing.assert_allclose(getattr(grads, name), expected, atol=2e-5 * scale)
 
 
-@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("drawn", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_hard_concrete(drawn):
     leaf = gates.L0HardConcrete("channel")(jnp.asarray(W))
     leaf = leaf.replace(log_alpha=jnp.array([[-4.0], [-0.3], [0.4], [5.0]]))
@@ -57,6 +57,14 @@ def test_hard_concrete(drawn):
     price = lambda weight, log_alpha: 3 * special.expit(log_alpha - 2 / 3 * np.log(0.1 / 1.1)).sum()
     check(leaf, formula, price)
     assert leaf.quiet().keep().ravel().tolist() == [False, True, True, True]
+
+
+def test_hard_concrete_is_finalized_to_the_same_bits_uncompiled():
+    keys = jax.random.split(jax.random.key(0))
+    leaf = gates.L0HardConcrete()(jax.random.normal(keys[0], (64, 64)))
+    leaf = leaf.replace(log_alpha=2 * jax.random.normal(keys[1], (64, 64)))
+    # `finalize` stores what the compiled program has.
+    np.testing.assert_array_equal(leaf.materialize(), jax.jit(lambda x: x.pruned())(leaf))
 
 
 def test_hard_concrete_gates_are_zero_and_one_as_often_as_the_distribution_says():
@@ -149,6 +157,8 @@ def test_hard_gates_against_torch():
     grads = compare(popup, weight * Subnet.apply(s.abs(), 0.25), {"scores": s})
     assert not np.any(grads.weight)  # frozen
     assert int(jnp.sum(popup.mask())) == 3
+    at_zero = jax.grad(lambda s: jnp.sum(popup.replace(scores=s).materialize()))(jnp.zeros((4, 3)))
+    assert not np.any(at_zero)  # as torch has it for abs
     s = torch.tensor(scores, requires_grad=True)
     piggyback = gates.Piggyback(threshold=0.1)(jnp.asarray(W)).replace(scores=jnp.asarray(scores))
     grads = compare(piggyback, weight * Binarizer.apply(s), {"scores": s})
@@ -160,6 +170,7 @@ def test_hard_gates_against_torch():
     compare(soft, moved, {"scores": s, "weight": w})
 
 
+@pytest.mark.slow
 def test_edge_popup_keeps_exactly_as_many_at_each_step_and_ties_go_by_index():
     w = jax.random.normal(jax.random.key(0), (3, 5, 7))
     leaf = gates.EdgePopup(0.6)(w)
@@ -189,6 +200,7 @@ def test_errors_say_what_to_write():
         lambda: gates.EdgePopup(0.5, scores="gradient"), lambda: gates.SoftThreshold(0.0),
         lambda: gates.Horseshoe(global_scale=0.0), lambda: gates.VariationalDropout(float("nan")),
         lambda: gates.InformationBottleneck(threshold="high"), lambda: gates.Piggyback(start=None),
+        lambda: gates.Piggyback(start=True), lambda: gates.EdgePopup(True),
     ):  # fmt: skip
         with pytest.raises(jc.SpecError, match="write"):
             bad()
@@ -200,6 +212,10 @@ def test_errors_say_what_to_write():
     ):
         with pytest.raises(jc.SpecError, match=words):
             jc.compress(params, {"kernel": spec})
+    for spec in (gates.L0HardConcrete("channel"), gates.Horseshoe()):
+        with pytest.raises(jc.SpecError, match=r"a/gain: group='channel'.*input axis"):
+            jc.compress({"a": {"gain": jnp.float32(1.0)}}, {"**": spec})
+    assert gates.Piggyback(start=np.float32(0.5)) == gates.Piggyback(start=0.5)
     with pytest.raises(jc.CompressError, match="no gates"):
         gates.gate_report(params)
     leaf = jc.compress(params, {"kernel": gates.L0HardConcrete()})

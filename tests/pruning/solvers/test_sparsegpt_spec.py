@@ -37,9 +37,14 @@ GRAMS = {
 STATS = {path: {axes: jc.InputStats(48, gram)} for path, (axes, gram) in GRAMS.items()}
 
 
-def test_every_kind_of_kernel():
-    small = jc.compress(PARAMS, {"**/kernel": SparseGPT(0.4)}, stats=STATS)
-    for name, part in PARAMS.items():
+@pytest.mark.parametrize(
+    "kinds", [("query", "conv"), pytest.param(("stack",), marks=pytest.mark.slow)]
+)
+def test_every_kind_of_kernel(kinds):
+    kinds = {name: PARAMS[name] for name in kinds}
+    stats = {f"{name}/kernel": STATS[f"{name}/kernel"] for name in kinds}
+    small = jc.compress(kinds, {"**/kernel": SparseGPT(0.4)}, stats=stats)
+    for name, part in kinds.items():
         layers = np.reshape(part["kernel"], (-1, 12, 12))
         leaf = small[name]["kernel"]
         assert isinstance(leaf, jc.SparseArray)
@@ -53,6 +58,7 @@ def test_every_kind_of_kernel():
             np.testing.assert_array_equal(np.asarray(got) == 0, np.asarray(want) == 0)
 
 
+@pytest.mark.slow
 def test_a_grouped_convolution_as_it_is_observed():
     """The error that the solver reports is that of the outputs of the convolution."""
 
@@ -80,6 +86,7 @@ def test_a_grouped_convolution_as_it_is_observed():
     assert error == pytest.approx(float(jnp.sum(change**2)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_pattern_and_codes_lie_along_the_last_input_axis():
     """Of a convolution with three channels: no group of four goes beyond them."""
     params, only = PARAMS, {"conv": PARAMS["conv"]}
@@ -99,6 +106,7 @@ def test_pattern_and_codes_lie_along_the_last_input_axis():
     assert (np.asarray(sparse.mask()).sum(axis=2) == 2).all()
 
 
+@pytest.mark.slow
 def test_values_of_a_leaf_are_the_very_values_of_the_solver():
     w, own = PARAMS["plain"]["kernel"], {"plain/kernel": STATS["plain/kernel"]}
     gram = GRAMS["plain/kernel"][1]
