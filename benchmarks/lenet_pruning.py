@@ -195,18 +195,22 @@ class Bench:
 KINDS = {"train": TRAINING, "init": AT_INIT, "prune": TRAINED}
 
 
-def measure(bench: Bench, seeds: Any, sparsities: Any, only: Any, console: Console) -> list[Any]:
+def measure(
+    bench: Bench, seeds: Any, sparsities: Any, only: Any, console: Console, out: Path | None
+) -> list[Any]:
     """A dict for each kind, method and sparsity."""
     functions = {"train": bench.training, "init": bench.at_init, "prune": bench.after}
     rows = [{"kind": "dense", "name": "dense", "sparsity": 0.0, "runs": [*map(bench.dense, seeds)]}]
     for kind, names in KINDS.items():
         for name in names:
-            if only and name not in only:
+            if only and f"{kind} {name}" not in only and name not in only:
                 continue
             for s in sparsities:
                 runs = [functions[kind](name, s, seed) for seed in seeds]
                 rows.append({"kind": kind, "name": name, "sparsity": s, "runs": runs})
                 console.print(f"{kind} {name} {s:.0%}: {mean(runs):.2f}")
+                if out is not None:  # it takes long: what is done is kept
+                    out.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -259,10 +263,7 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
     bench = Bench(load(fetch("mnist-full")), 2 if args.quick else EPOCHS)
     seeds = SEEDS[:1] if args.quick else SEEDS
-    rows = measure(bench, seeds, SPARSITIES, args.only, console)
-    console.print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    console.print(table(measure(bench, seeds, SPARSITIES, args.only, console, args.json)))
 
 
 if __name__ == "__main__":

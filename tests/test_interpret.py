@@ -506,6 +506,6 @@ for spec in specs:
 """
 
 
-@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+@pytest.mark.parametrize("axes", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"])
 def test_sharded_leaves_keep_their_shardings_and_values(axes):
     eight_devices.run(SHARDED, axes)

@@ -51,10 +51,17 @@ def temporaries(fn, *args):
     return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+def heavy(form, fn):
+    """The scatters of twelve sparse leaves take long to compile; one function will do."""
+    slow = form == "sparse" and fn is not unrolled
+    return pytest.param(form, fn, marks=[pytest.mark.slow] if slow else [])
+
+
 @cpu_only
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("fn", [unrolled, decode, fan_out])
-def test_no_two_layers_are_dense_at_once(fn, form):
+@pytest.mark.parametrize(
+    ("form", "fn"), [heavy(form, fn) for form in FORMS for fn in (unrolled, decode, fan_out)]
+)
+def test_no_two_layers_are_dense_at_once(form, fn):
     ws, x = weights(), jnp.ones((1, WIDTH))
     small = [FORMS[form](w) for w in ws]
     # Expanding a sparse leaf itself takes its int32 positions, so up to two more leaves.

@@ -153,7 +153,11 @@ class Everything(nn.Module):
 
 @pytest.mark.parametrize(
     "name",
-    ["int8", "int8 static", pytest.param("uint3 affine groups", marks=pytest.mark.slow)],
+    [
+        "int8 static",
+        pytest.param("int8", marks=pytest.mark.slow),
+        pytest.param("uint3 affine groups", marks=pytest.mark.slow),
+    ],
 )
 def test_logits_of_the_trained_and_the_final_model_are_the_same_bits(name):
     model, ids = Everything(), jax.random.randint(jax.random.key(0), (2, 6), 0, 13)
