@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcompress.arrays.base import CompressedArray, is_compressed
 from jaxcompress.errors import CompressError, SpecError
@@ -193,6 +193,22 @@ def mesh_sharding(leaf: Any) -> NamedSharding | None:
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     spread = isinstance(sharding, NamedSharding) and sharding.num_devices > 1
     return sharding if spread else None
+
+
+def placed_like(out: CompressedArray, leaf: Any, mesh: Mesh | None) -> CompressedArray:
+    """A compressed leaf where it belongs, made outside of a plan from what `on_auto_axes` gave."""
+    sharding = mesh_sharding(leaf)
+    if sharding is not None:
+        out = jax.device_put(out, out.shardings(sharding))
+    return out if mesh is None else on_mesh(out, mesh)
+
+
+def on_all_devices(x: Any, leaf: Any) -> Any:
+    """An array as a whole on each device that a leaf lies on."""
+    sharding = mesh_sharding(leaf)
+    if sharding is None:
+        return x
+    return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnums=(0,))

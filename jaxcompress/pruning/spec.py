@@ -24,7 +24,15 @@ from jaxcompress.pruning.patterns import (
     parse_pattern,
 )
 from jaxcompress.pruning.select import kept_count, n_of_m_mask, top_mask
-from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
+from jaxcompress.specs import (
+    LeafContext,
+    Plan,
+    Spec,
+    on_all_devices,
+    on_auto_axes,
+    placed_like,
+    register_spec,
+)
 
 SCORES = ("magnitude", "wanda", "random")
 
@@ -112,8 +120,9 @@ class Prune(Spec):
             )
         inputs = tuple(context.axes.input)
         norms = input_norms(context.path, tuple(leaf.shape), inputs, context.stats)
-        plan = self.plan(leaf, context)
-        return _apply_scored(plan, leaf, jnp.abs(leaf.astype(jnp.float32)) * norms)
+        leaf, mesh = on_auto_axes(leaf)
+        out = _apply_scored(self.plan(leaf, context), leaf, on_all_devices(norms, leaf))
+        return placed_like(out, leaf, mesh)
 
     def plan(self, leaf: Any, context: LeafContext) -> Plan:
         """Counts what stays and, for a concrete leaf, picks the smaller layout of the index."""
@@ -213,8 +222,8 @@ def _by_output(outputs: tuple[int, ...], units: int, scores: jax.Array) -> jax.A
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply_scored(plan: _PrunePlan, leaf: jax.Array, scores: jax.Array) -> SparseArray:
-    return plan.stored(leaf, scores)
+def _apply_scored(plan: _PrunePlan, leaf: jax.Array, norms: jax.Array) -> SparseArray:
+    return plan.stored(leaf, jnp.abs(leaf.astype(jnp.float32)) * norms)
 
 
 @dataclasses.dataclass(frozen=True)

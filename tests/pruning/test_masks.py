@@ -2,6 +2,7 @@
 
 import itertools
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -302,3 +303,33 @@ def test_bad_input():
         jc.Prune(0.5, pattern="head")(jnp.ones((4, 4)))
     with pytest.raises(jc.SpecError, match="write 'block:2x1'"):
         jc.Prune(0.5, pattern="block:2x2")(jnp.ones(4))
+
+
+SHARDED = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, jaxcompress as jc
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(getattr(AxisType, sys.argv[1]),) * 2)
+w = jax.random.normal(jax.random.key(0), (16, 32))
+x = jax.random.normal(jax.random.key(1), (64, 16)) * jnp.arange(1, 17)
+stats = jc.observe(lambda params, x: x @ params["kernel"], {"kernel": w}, [x], ("gram",))
+for spec in (
+    jc.Prune(0.5, score="wanda"),
+    jc.Prune(0.5, pattern="filter"),
+    jc.SparseGPT(0.5),
+    jc.SparseGPT(0.5, pattern="2:4", quantize="int4", group_size=8),
+):
+    one = jc.compress({"kernel": w}, {"kernel": spec}, stats=stats)["kernel"]
+    spread = jax.device_put(w, NamedSharding(mesh, PartitionSpec("x", "y")))
+    many = jc.compress({"kernel": spread}, {"kernel": spec}, stats=stats)["kernel"]
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many)):
+        np.testing.assert_array_equal(a, b)
+        assert len(b.sharding.device_set) == 8
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_specs_with_statistics_on_a_mesh(axes):
+    eight_devices.run(SHARDED, axes)

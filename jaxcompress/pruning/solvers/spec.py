@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress.arrays.base import is_compressed
 from jaxcompress.arrays.quantized import QuantizedArray
@@ -27,9 +26,9 @@ from jaxcompress.specs import (
     LeafContext,
     Plan,
     Spec,
-    mesh_sharding,
+    on_all_devices,
     on_auto_axes,
-    on_mesh,
+    placed_like,
     register_spec,
 )
 
@@ -148,9 +147,7 @@ class _SparseGPTPlan(Plan):
 def _solved(plan: _SparseGPTPlan, leaf: Any, gram: Any) -> Any:
     check_finite(gram, plan.path)
     leaf, mesh = on_auto_axes(leaf)
-    sharding = mesh_sharding(leaf)
-    if sharding is not None:
-        gram = jax.device_put(gram, NamedSharding(sharding.mesh, PartitionSpec()))
+    gram = on_all_devices(gram, leaf)
     how = plan.folding
     # The solver is compiled for its matrices: leaves whose matrices are of one shape share it.
     matrices = _folded(how, leaf)
@@ -160,9 +157,7 @@ def _solved(plan: _SparseGPTPlan, leaf: Any, gram: Any) -> Any:
         out = _sparse(weight, mask, plan)
     else:
         out = _quantized(found, how, plan.options.quantize)
-    if sharding is not None:
-        out = jax.device_put(out, out.shardings(sharding))
-    return out if mesh is None else on_mesh(out, mesh)
+    return placed_like(out, leaf, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)
