@@ -19,6 +19,7 @@ import lenet
 import loop_linen
 import loop_nnx
 import loop_plain
+import rigl
 
 import jaxcompress as jc
 
@@ -149,3 +150,14 @@ def test_gates_are_trained_stored_and_tested_from_their_files(digits, tmp_path):
     console = Console(record=True, width=120)
     gates.show([row], console)
     assert "soft threshold" in console.export_text()
+
+
+@pytest.mark.slow
+def test_sparse_from_the_first_step_to_the_last(digits):
+    for name in rigl.ALGORITHMS:
+        params, report, counts = rigl.sparse(digits, name, 0.9, 10, 0)
+        assert counts == [jc.pruning.kept_count(266_200, 0.9)] * 10
+        assert report.kept == sum(
+            int(np.sum(np.asarray(x["kernel"]) != 0)) for x in params.values()
+        )
+        assert lenet.accuracy(params, digits) > 88
