@@ -157,7 +157,7 @@ def test_sparse_from_the_first_step_to_the_last(digits):
     for name in rigl.ALGORITHMS:
         params, report, counts = rigl.sparse(digits, name, 0.9, 10, 0)
         assert counts == [jc.pruning.kept_count(266_200, 0.9)] * 10
-        assert report.kept == sum(
-            int(np.sum(np.asarray(x["kernel"]) != 0)) for x in params.values()
-        )
+        # Weights that grew at inputs that are always dark stay at zero.
+        values = sum(int(np.sum(np.asarray(x["kernel"]) != 0)) for x in params.values())
+        assert report.kept == counts[-1] >= values
         assert lenet.accuracy(params, digits) > 88
