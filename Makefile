@@ -42,7 +42,7 @@ data: $(BIN)/.core
 	$(BIN)/python examples/assets.py mnist-full
 
 test: $(BIN)/.dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(BIN)/.dev
 	$(BIN)/python examples/assets.py

@@ -24,6 +24,7 @@ import rigl
 import jaxcompress as jc
 
 
+@pytest.mark.slow
 def test_linen_train_state_with_accumulated_gradients():
     found = loop_linen.main()
     assert found["updates"] == 300

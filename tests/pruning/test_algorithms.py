@@ -235,16 +235,16 @@ def test_deep_rewiring_pulls_and_shakes_by_its_formula():
 
 
 def test_dsr_doubles_and_halves_its_threshold():
-    w = jnp.arange(1.0, 101.0).reshape(10, 10)
+    params = {"w": jnp.arange(1.0, 101.0).reshape(10, 10)}
+    grads = {"w": jnp.zeros((10, 10))}
+    dsr = P.dsr(drop=0.1, initial="magnitude")
+    tx = jc.sparsify(optax.sgd(0.0), dsr, P.periodic(0.0, every=1), {"w": "unstructured"})
+    update = jax.jit(tx.update)
+    _, state = update(grads, tx.init(params), params)
     for threshold, factor in ((2.0, 2.0), (10.5, 1.0), (50.0, 0.5)):
-        tx = jc.sparsify(
-            optax.sgd(0.0), P.dsr(drop=0.1, threshold=threshold, initial="magnitude"),
-            P.periodic(0.0, every=1), {"w": "unstructured"},
-        )  # fmt: skip
-        state = tx.init({"w": w})
-        for _ in range(2):
-            _, state = tx.update({"w": jnp.zeros_like(w)}, state, {"w": w})
-        assert float(state.memory.own) == threshold * factor
+        memory = state.memory._replace(own=jnp.float32(threshold))
+        _, then = update(grads, state._replace(memory=memory), params)
+        assert float(then.memory.own) == threshold * factor
 
 
 def test_sparse_momentum_moves_weights_to_the_leaf_of_larger_momentum():
@@ -263,18 +263,20 @@ def test_sparse_momentum_moves_weights_to_the_leaf_of_larger_momentum():
     assert all(sum(c) == 40 for c in counts)
 
 
+share_out = jax.jit(shared_out)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 10_000)), min_size=1, max_size=6),
     st.data(),
 )
 def test_what_is_shared_out_is_exact_and_fits(parts, data):
+    parts = [*parts, *[(0.0, 0)] * (6 - len(parts))]  # one shape
     weights, room = zip(*parts)
     total = data.draw(st.integers(0, sum(room)))
     found = np.asarray(
-        shared_out(
-            jnp.int32(total), jnp.asarray(weights, jnp.float32), jnp.asarray(room, jnp.int32)
-        )
+        share_out(jnp.int32(total), jnp.asarray(weights, jnp.float32), jnp.asarray(room, jnp.int32))
     )
     assert found.sum() == total
     assert np.all(found >= 0)
@@ -449,7 +451,13 @@ def test_a_gradient_that_is_not_finite_is_passed_over():
             assert np.all(np.isfinite(x))
 
 
-@pytest.mark.parametrize("inner", [optax.adam(0.1), optax.adamw(0.1, weight_decay=0.1)])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        pytest.param(optax.adam(0.1), marks=pytest.mark.slow),
+        optax.adamw(0.1, weight_decay=0.1),
+    ],
+)
 def test_what_is_outside_of_the_set_keeps_its_value(inner):
     for algorithm in (P.movement(), P.top_kast(backward=0.5)):
         tx = jc.sparsify(inner, algorithm, P.one_shot(0.8, at=2), RULES)

@@ -1,5 +1,6 @@
 """Patterns, masks of a tree and budgets, against numpy and torch."""
 
+import functools
 import itertools
 
 import eight_devices
@@ -89,6 +90,9 @@ def test_masks_of_torch_for_whole_filters():
         np.testing.assert_array_equal(masks["conv"]["kernel"], theirs)
 
 
+signed_mask = jax.jit(functools.partial(top_mask, signed=True))
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31 - 1), st.integers(0, 30), st.booleans())
 def test_signed_ranks_are_those_of_a_stable_sort(seed, k, ties):
@@ -101,7 +105,7 @@ def test_signed_ranks_are_those_of_a_stable_sort(seed, k, ties):
     x[rng.integers(0, 30, 3)] = rng.choice(
         np.array([-np.inf, np.inf, 1e-42, -1e-42, 0.0, -0.0], np.float32), 3
     )
-    found = np.asarray(top_mask(jnp.asarray(x), k, signed=True))
+    found = np.asarray(signed_mask(x, np.uint32(k)))
     order = sorted(range(30), key=lambda i: (-x[i], i))
     expected = np.zeros(30, bool)
     expected[order[:k]] = True
@@ -138,8 +142,8 @@ def test_lamp_keeps_the_order_of_many():
 
 
 def test_bytes_of_stacks_are_those_of_the_fullest_layer():
-    scale = jnp.array([1.0, 2.0, 3.0, 9.0])[:, None, None]
-    params = {"kernel": scale * jax.random.normal(jax.random.key(0), (4, 32, 16))}
+    scale = jnp.array([1.0, 3.0, 9.0])[:, None, None]
+    params = {"kernel": scale * jax.random.normal(jax.random.key(0), (3, 16, 8))}
     rules = {"kernel": "unstructured"}
     masks = P.make_masks(P.scores.magnitude(params), 0.9, rules, scope="global")
     stored = jc.Prune()(P.apply_masks(params, masks)["kernel"])
@@ -205,12 +209,12 @@ def test_budgets_are_met_and_nearly_used():
     small = jc.compress(pruned, {"**/kernel": jc.Prune()})
     stored = sum(small[k]["kernel"].nbytes for k in ("conv", "out"))
     assert P.sparse_bytes(params, masks) == stored
-    masks = P.fit_masks(at, lambda m: P.sparse_bytes(params, m), 2_000)
+    masks = P.fit_masks(at, lambda m: P.sparse_bytes(params, m), 2_000, steps=12)
     assert 1_980 < P.sparse_bytes(params, masks) <= 2_000
     stats = jc.observe(network, params, [jnp.ones((6, 8, 8, 4))], ("abs_max",))
     dense = P.multiplications(at(0.0), stats, examples=6)
     assert dense == 16 * 288 + 1280  # 4 x 4 places, and one product
-    masks = P.fit_masks(at, lambda m: P.multiplications(m, stats, 6), dense / 2)
+    masks = P.fit_masks(at, lambda m: P.multiplications(m, stats, 6), dense / 2, steps=12)
     assert dense / 2 - 16 <= P.multiplications(masks, stats, 6) <= dense / 2
     with pytest.raises(jc.SpecError, match="budget=-1: 0 is left when all is removed"):
         P.fit_masks(at, P.count_kept, -1)

@@ -105,8 +105,16 @@ def gap_entries(mask, bits):
     return entries - rest // escape
 
 
-@pytest.mark.parametrize("shape", [(64, 100), (37, 23)])
-@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99])
+def sizes(sparsities, fast):
+    """Few of them are enough for each change, as each compiles a program."""
+    return [s if s in fast else pytest.param(s, marks=pytest.mark.slow) for s in sparsities]
+
+
+@pytest.mark.parametrize("shape", [(64, 100), pytest.param((37, 23), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "sparsity",
+    sizes([0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99], (0.0, 0.4, 0.6, 0.9, 0.99)),
+)
 def test_the_smaller_of_bit_mask_and_gaps_is_chosen(shape, sparsity):
     w = np.random.default_rng(3).normal(size=shape).astype(np.float32)
     leaf = jc.Prune(sparsity)(jnp.asarray(w))
@@ -152,7 +160,7 @@ def test_every_layout_holds_every_mask(layout):
         np.testing.assert_array_equal(leaf.materialize(), np.where(mask, w, 0))
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.97])
+@pytest.mark.parametrize("sparsity", [pytest.param(0.3, marks=pytest.mark.slow), 0.97])
 def test_each_weight_of_a_stack_keeps_as_many(sparsity):
     w = np.random.default_rng(5).normal(size=(3, 40, 50)).astype(np.float32)
     w[1] *= 100  # one ranking over the stack would keep this layer alone
@@ -265,7 +273,7 @@ for place in (P("a", "b"), P(None, ("b", "a"))):
 """
 
 
-@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+@pytest.mark.parametrize("axes", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"])
 def test_devices_exchange_nothing_but_scalars(axes):
     eight_devices.run(SHARDED, axes)
 

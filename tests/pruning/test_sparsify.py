@@ -114,7 +114,7 @@ def test_exact_nonzeros_over_many_more_steps(schedule, seed):
     np.testing.assert_array_equal(total, expected)
 
 
-@pytest.mark.parametrize("every", [3, 1000])
+@pytest.mark.parametrize("every", [3, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("algorithm", [magnitude(allocation="erk"), magnitude(scope="global")])
 def test_the_final_sparsity_is_exact_whatever_the_interval(every, algorithm):
     schedule = cubic_schedule(0.77, begin=2, end=31, every=every)
@@ -220,7 +220,12 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("name", INNER)
+QUICK = ("adam", "momentum", "MultiSteps", "sparsify")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in INNER]
+)
 def test_zeros_are_exact_under_every_optimizer(name):
     rules = {"b/kernel": None, **RULES} if name == "sparsify" else RULES
     tx = jc.sparsify(INNER[name](), magnitude(), cubic_schedule(0.9, end=8, every=4), rules)
@@ -495,7 +500,14 @@ with jax.set_mesh(mesh):
 """
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    ("axes", "scope"),
+    [
+        ("Auto", "local"),
+        ("Explicit", "global"),
+        pytest.param("Auto", "global", marks=pytest.mark.slow),
+        pytest.param("Explicit", "local", marks=pytest.mark.slow),
+    ],
+)
 def test_devices_train_the_same_network_and_exchange_only_counts(axes, scope):
     eight_devices.run(SHARDED, axes, scope)

@@ -73,6 +73,7 @@ def trained(name):
     return jc.combine(trainable, rest), losses, grads
 
 
+@pytest.mark.slow
 def test_hard_gates_in_short_final_logits_are_the_same_bits_also_from_a_file(tmp_path):
     w = jax.random.normal(jax.random.key(0), (9, 5)).astype(jnp.bfloat16)
     specs = {"a": SPECS["edge popup"], "c": SPECS["soft threshold"]}
