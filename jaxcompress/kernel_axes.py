@@ -64,7 +64,7 @@ def kernel_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
       `{path: KernelAxes}` for the leaves that meet a contraction or a look-up; pass it to
       `compress(..., axes=...)`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> apply = lambda p, x: jnp.einsum("bi,oi->bo", x, p["kernel"])
       >>> jc.kernel_axes(apply, {"kernel": jnp.ones((8, 4))}, jnp.ones((2, 4)))

@@ -24,7 +24,7 @@ def by_devices(everywhere: Callable[..., Any], one_cpu: Callable[..., Any]) -> C
       everywhere: a function of arrays, to one array.
       one_cpu: one with the same result; neither is differentiated.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> twice = by_devices(lambda x: 2 * x, lambda x: x + x)
       >>> jax.vmap(twice)(jnp.arange(3)).tolist()

@@ -19,7 +19,7 @@ def unit_scale(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
     Args:
       largest: non-negative float32 of any shape. Zero, like all below `2**-126`, gives `2**-126`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> [float(x) for x in unit_scale(jnp.float32(5.0))]
       [4.0, 0.25]
@@ -39,7 +39,7 @@ def rounded(x: jax.Array, dtype: Any) -> jax.Array:
     A compiler may drop a cast to bfloat16 and back (`xla_allow_excess_precision`). What is
     computed from the result would then belong to other values than those that are stored.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> float(rounded(jnp.float32(1.001), jnp.bfloat16))
       1.0
@@ -58,7 +58,7 @@ def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     would then give other codes or counts than the same one run step by step. It leaves alone a
     divisor that depends on `x`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, numpy as np
       >>> x = jnp.float32(3.0)
       >>> jax.jit(lambda x: divide(x, 10.0))(x) == np.float32(3.0) / np.float32(10.0)

@@ -68,7 +68,7 @@ def observe(
         NaN or infinite, or a weight contracted in a way whose inputs cannot be told apart.
       RuleError: for a glob that matches nothing.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> apply = lambda params, x: jnp.tanh(x @ params["kernel"])
       >>> batches = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 0.0]])]

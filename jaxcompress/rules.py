@@ -21,7 +21,7 @@ _WRAPPERS = ("value", "raw_value")
 def path_str(path: Sequence[Any]) -> str:
     """A key path as a user would type it: its keys joined by `/`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> tree = {"encoder": {"layers": [{"kernel": 1.0}]}}
       >>> [path_str(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
@@ -52,7 +52,7 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     The `.value` of an NNX variable or of a partitioning box is no part of a path; a field of that
     name beside others is.
 
-    Example:
+    Examples:
       >>> import flax.linen as nn
       >>> flatten({"kernel": nn.Partitioned(1.0, (None,)), "pair": [2.0, 3.0]})[0]
       [('kernel', 1.0), ('pair/0', 2.0), ('pair/1', 3.0)]
@@ -86,7 +86,7 @@ def glob(pattern: str) -> re.Pattern[str]:
     Raises:
       RuleError: for a set that is none, such as `[z-a]`.
 
-    Example:
+    Examples:
       >>> [bool(glob(g).fullmatch("a/b/kernel")) for g in ("**/kernel", "*/kernel", "a/**")]
       [True, False, True]
     """
@@ -156,7 +156,7 @@ class KernelAxes(NamedTuple):
 
     Leading axes in neither are those of a stack of weights.
 
-    Example:
+    Examples:
       >>> KernelAxes(input=(-2,), output=(-1,)).batch_ndim(3)
       1
     """

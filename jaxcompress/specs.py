@@ -115,7 +115,7 @@ def register_spec(name: str) -> Callable[[type[S]], type[S]]:
     Raises:
       CompressError: when the name is taken by another class.
 
-    Example:
+    Examples:
       >>> import dataclasses, jaxcompress as jc
       >>> @jc.register_spec("example.int8")
       ... @dataclasses.dataclass(frozen=True, repr=False)
@@ -268,7 +268,7 @@ def chain(*specs: Spec) -> Spec:
     Returns:
       The spec that does them all.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> w = jnp.arange(16.0).reshape(4, 4)
       >>> jc.chain(jc.Prune(0.5), jc.Quantize("int8"))(w)

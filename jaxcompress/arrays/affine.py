@@ -31,7 +31,7 @@ CONVENTIONS = ("absmax", "full", "no_clip")
 class IntFormat(NamedTuple):
     """An integer format of `bits` bits.
 
-    Example:
+    Examples:
       >>> IntFormat(4, True).qmin, IntFormat(4, True).qmax, str(IntFormat(8, False))
       (-8, 7, 'uint8')
     """
@@ -64,7 +64,7 @@ def int_format(name: str | IntFormat) -> IntFormat:
     Raises:
       SpecError: for any other name.
 
-    Example:
+    Examples:
       >>> int_format("int4")
       IntFormat(bits=4, signed=True)
     """
@@ -116,7 +116,7 @@ def affine_params(
     Raises:
       SpecError: for an unknown format or convention, a symmetric unsigned format, or bad axes.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> scale, _ = affine_params(jnp.array([[7.0], [-3.5]]), "int4", axes=-2)
       >>> float(scale[0, 0])
@@ -171,7 +171,7 @@ def quantize(
     Returns:
       The codes, int8 or uint8, in the shape of `w`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> w = jnp.array([[7.0], [-3.4]])
       >>> quantize(w, jnp.ones((1, 1)), None, "int4", axes=-2).tolist()
@@ -209,7 +209,7 @@ def in_range(
       group_size: as in `quantize`.
       narrow: as in `quantize`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> in_range(jnp.array([7.4, 7.6]), jnp.ones(1), None, "int4", axes=-1).tolist()
       [True, False]
@@ -247,7 +247,7 @@ def dequantize(
     Returns:
       An array in the shape of `codes`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> dequantize(jnp.array([3, -1]), jnp.array([0.5])).tolist()
       [1.5, -0.5]

@@ -157,7 +157,7 @@ def register_array(
     Raises:
       CompressError: when the form is taken by another class.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> @jc.register_array("example.repeated", children=("row",), static=("times",))
       ... class Repeated(jc.CompressedArray):
@@ -239,7 +239,7 @@ def find_rule(cls: type, primitive: str) -> Rule | None:
 def is_compressed(x: Any) -> bool:
     """Whether `x` is a compressed leaf; made to be passed as `is_leaf`.
 
-    Example:
+    Examples:
       >>> import jaxcompress as jc
       >>> jc.is_compressed(3.0)
       False

@@ -29,7 +29,7 @@ from jaxcompress.errors import SpecError
 def period(bits: int) -> tuple[int, int]:
     """The smallest run of codes that ends on a byte: `(codes, bytes)`.
 
-    Example:
+    Examples:
       >>> period(4), period(3), period(6)
       ((2, 1), (8, 3), (4, 3))
     """
@@ -42,7 +42,7 @@ def period(bits: int) -> tuple[int, int]:
 def packed_length(n: int, bits: int) -> int:
     """The number of bytes that `n` codes take along the packed axis.
 
-    Example:
+    Examples:
       >>> packed_length(5, 4), packed_length(9, 3), packed_length(0, 7)
       (3, 6, 0)
     """
@@ -67,7 +67,7 @@ def pack_bits(
     Raises:
       SpecError: for an impossible bit count or block.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> pack_bits(jnp.array([1, 2, 3]), 4).tolist()
       [33, 3]
@@ -104,7 +104,7 @@ def unpack_bits(
     Raises:
       SpecError: for an impossible bit count or block, or a length that does not fit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> unpack_bits(jnp.array([33, 3], jnp.uint8), 4, 3).tolist()
       [1, 2, 3]

@@ -34,7 +34,7 @@ class CodebookArray(GridArray):
     References:
       Han, Mao and Dally, *Deep Compression*, 2016.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> indices = jc.PackedArray.pack(jnp.array([[0, 1, 1, 3]]), 2)
       >>> jc.CodebookArray(indices, jnp.array([-1.0, 0.0, 0.5, 2.0]), -1).materialize().tolist()

@@ -38,7 +38,7 @@ def deferred(fun: Callable[..., Any], *args: Any) -> Any:
       what `fun` returns. Differentiable to any order in both modes, and batchable: what `fun`
       computes from arguments that are not batched is not batched either.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> codes, scale = jnp.array([[2, -1]], jnp.int8), jnp.array([0.5, 0.25])
       >>> deferred(lambda c, s, x: x @ (c * s), codes, scale, jnp.ones((1, 1)))

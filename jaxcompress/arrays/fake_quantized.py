@@ -49,7 +49,7 @@ class FakeQuantizedArray(CompressedArray):
       Neurons for Conditional Computation*, 2013; Jacob et al., *Quantization and Training of
       Neural Networks for Efficient Integer-Arithmetic-Only Inference*, 2018.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> leaf = jc.FakeQuantize("int4")(jnp.array([[-7.0], [3.4]]))
       >>> leaf.materialize().tolist(), leaf.weight.tolist()

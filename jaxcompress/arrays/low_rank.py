@@ -50,7 +50,7 @@ class LowRankArray(CompressedArray):
     References:
       Denton et al., *Exploiting Linear Structure Within Convolutional Networks*, 2014.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> leaf = jc.LowRankArray.of(jnp.ones((4, 2)), jnp.ones((2, 3)))
       >>> leaf.shape, leaf.rank, float(leaf.materialize()[0, 0])

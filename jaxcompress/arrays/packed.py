@@ -32,7 +32,7 @@ class PackedArray(GridArray):
       block: the values interleaved together, a multiple of p.
       signed: whether values lie in `[-2**(bits-1), 2**(bits-1))`, else in `[0, 2**bits)`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> packed = jc.PackedArray.pack(jnp.array([-4, 3, 0, 1, 2, -1, -2, -3]), 3, signed=True)
       >>> packed.nbytes, packed.materialize().tolist()

@@ -43,7 +43,7 @@ class QuantizedArray(GridArray):
       Jacob et al., *Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference*, 2018.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> w = jc.QuantizedArray.quantize(jnp.array([[-7.0, 3.4], [1.4, 7.0]]), "int4")
       >>> w, w.nbytes

@@ -46,7 +46,7 @@ class SparseArray(CompressedArray):
     References:
       Han, Mao and Dally, *Deep Compression*, 2016 (relative indices with escapes).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> w = jnp.array([[0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, -1.0]])
       >>> leaf = jc.SparseArray.from_mask(w, w != 0)

@@ -43,7 +43,7 @@ _LOWEST = 2.0**-24  # the coder's least probability
 def encode_bytes(symbols: np.ndarray) -> bytes:
     """The shortest of the codings of a uint8 vector; its length is not part of it.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> coded = encode_bytes(np.zeros(1000, np.uint8))
       >>> len(coded), decode_bytes(coded, 1000).tolist() == [0] * 1000

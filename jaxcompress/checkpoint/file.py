@@ -83,7 +83,7 @@ def save(
       Duda, *Asymmetric numeral systems*, 2013; Bamler, *Understanding Entropy Coding With
       Asymmetric Numeral Systems (ANS): a Statistician's Perspective*, 2022 (`constriction`).
 
-    Example:
+    Examples:
       >>> import tempfile, os, jax.numpy as jnp, jaxcompress as jc
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = os.path.join(folder, "small.safetensors")

@@ -65,7 +65,7 @@ def open_params(path: Any) -> Any:
       FileNotFoundError: when there is nothing.
       FileError: when it is damaged, or of another kind.
 
-    Example:
+    Examples:
       >>> import tempfile, os, numpy as np, jaxcompress as jc
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = os.path.join(folder, "params.npz")

@@ -38,7 +38,7 @@ class LowRank(Spec):
     References:
       Denton et al., *Exploiting Linear Structure Within Convolutional Networks*, 2014.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> jc.LowRank(energy=0.99)(jnp.outer(jnp.arange(6.0), jnp.ones(4)))
       LowRankArray(float32[6, 4], rank 1)

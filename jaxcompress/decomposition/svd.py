@@ -19,7 +19,7 @@ def squared_singular_values(w: jax.Array) -> jax.Array:
     They are eigenvalues of the smaller Gram matrix; each is exact to about
     `eps * n * s_max**2`, which is what a rank by energy needs.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> squared_singular_values(jnp.diag(jnp.array([3.0, 1.0]))).round(4).tolist()
       [9.0, 1.0]
@@ -51,7 +51,7 @@ def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
       Eckart and Young, *The approximation of one matrix by another of lower rank*, 1936;
       Halko, Martinsson and Tropp, *Finding Structure with Randomness*, 2011 (refinement).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> w = jnp.outer(jnp.arange(3.0), jnp.arange(4.0))
       >>> left, right = truncated_svd(w, 1)

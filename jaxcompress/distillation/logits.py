@@ -41,7 +41,7 @@ def soft_targets(
     References:
       Hinton, Vinyals and Dean, *Distilling the Knowledge in a Neural Network*, 2015.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> teacher = jnp.array([[2.0, 0.0, -2.0]])
       >>> float(soft_targets(teacher, teacher, temperature=4.0)[0])

@@ -57,7 +57,7 @@ def mask_distance(a: Any, b: Any) -> jax.Array:
       You et al., *Drawing Early-Bird Tickets: Towards More Efficient Training of Deep Networks*,
       2020.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> a, b = jnp.array([True, True, False, False]), jnp.array([True, False, False, False])
       >>> float(mask_distance({"w": a}, {"w": b}))
@@ -95,7 +95,7 @@ def early_bird(window: int = 5, epsilon: float = 0.1) -> EarlyBird:
       You et al., *Drawing Early-Bird Tickets: Towards More Efficient Training of Deep Networks*,
       2020.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> bird = early_bird(window=2, epsilon=0.3)
       >>> masks = [jnp.arange(4) < n for n in (1, 3, 4)]

@@ -133,7 +133,7 @@ def iterative_pruning(
     References:
       Han et al., *Learning both Weights and Connections for Efficient Neural Networks*, 2015.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> train = lambda params, masks, round: {"kernel": 2 * params["kernel"]}
       >>> params, rules = {"kernel": jnp.array([1.0, 2.0, 3.0, 4.0])}, {"*": "unstructured"}
@@ -237,7 +237,7 @@ def lottery_ticket(
       Networks*, 2019; Frankle et al., *Linear Mode Connectivity and the Lottery Ticket
       Hypothesis*, 2020 (rewinding to an early step).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> train = lambda params, masks, round: {"kernel": jnp.flip(params["kernel"])}
       >>> params, rules = {"kernel": jnp.array([1.0, 2.0, 3.0, 4.0])}, {"*": "unstructured"}
@@ -284,7 +284,7 @@ def learning_rate_rewinding(
       Renda, Frankle and Carbin, *Comparing Rewinding and Fine-tuning in Neural Network Pruning*,
       2020.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> seen = []
       >>> train = lambda params, masks, round: seen.append(round.rewind) or params

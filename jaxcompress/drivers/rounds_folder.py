@@ -41,7 +41,7 @@ def name_of(fn: Callable[..., Any]) -> str:
     Raises:
       SpecError: for a lambda, a partial, or what else has no name of its own.
 
-    Example:
+    Examples:
       >>> name_of(fingerprint)
       'jaxcompress.drivers.rounds_folder.fingerprint'
     """

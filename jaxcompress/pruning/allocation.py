@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 def uniform(shapes: Sequence[Shape], sparsity: float) -> list[int]:
     """Every leaf gets the same sparsity.
 
-    Example:
+    Examples:
       >>> uniform([(4, 5), (10,)], 0.5)
       [10, 5]
     """
@@ -38,7 +38,7 @@ def erk(shapes: Sequence[Shape], sparsity: float) -> list[int]:
       Connectivity Inspired by Network Science*, 2018; Evci et al., *Rigging the Lottery: Making
       All Tickets Winners*, 2020 (kernels).
 
-    Example:
+    Examples:
       >>> erk([(100, 100), (100, 10)], 0.9)
       [710, 390]
     """
@@ -83,7 +83,7 @@ def lamp(scores: jax.Array, signed: bool = False) -> jax.Array:
     References:
       Lee et al., *Layer-Adaptive Sparsity for the Magnitude-Based Pruning*, 2021.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> tuple(round(float(x), 4) for x in lamp(jnp.array([1.0, -2.0, 3.0])))
       (0.0714, 0.3077, 1.0)

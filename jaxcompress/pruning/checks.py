@@ -15,7 +15,7 @@ from jaxcompress.errors import SpecError
 def is_number(x: Any, least: float = -math.inf, most: float = math.inf) -> bool:
     """Whether `x` is a finite real number, of Python or of numpy, within bounds; a bool is none.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> is_number(np.float32(0.5), 0, 1), is_number(True), is_number(float("nan"))
       (True, False, False)

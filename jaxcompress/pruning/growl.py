@@ -78,7 +78,7 @@ def growl(
       Clustering of Predictors with OSCAR*, 2008; Zhang et al., *Learning to Share: Simultaneous
       Parameter Tying and Sparsification in Deep Learning*, 2018.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> penalty = growl(1.0, {"kernel": "vector"}, spread=0.5)
       >>> float(penalty({"kernel": jnp.array([[3.0, 4.0], [0.0, 2.0]])}))
@@ -102,7 +102,7 @@ def owl_prox(norms: jax.Array, weights: jax.Array) -> jax.Array:
       Zeng and Figueiredo, *The Ordered Weighted l1 Norm: Atomic Formulation, Projections, and
       Algorithms*, 2014.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> owl_prox(jnp.array([1.0, 3.0, 2.75]), jnp.array([2.0, 1.0, 0.5])).tolist()
       [0.5, 1.375, 1.375]

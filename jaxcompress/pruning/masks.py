@@ -53,7 +53,7 @@ def make_masks(
       SpecError: for a sparsity outside of 0 to 1, an unknown scope or allocation, or patterns of
         several kinds under one threshold.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> scores = {"kernel": jnp.array([[1.0, 2.0], [4.0, 3.0]]), "bias": jnp.zeros(2)}
       >>> make_masks(scores, 0.5, {"kernel": "unstructured"})["kernel"].tolist()
@@ -90,7 +90,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
       params: a tree.
       masks: masks in its structure; None or `optax.MaskedNode()` leaves a leaf as it is.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> apply_masks({"w": jnp.array([1.0, -jnp.inf])}, {"w": jnp.array([True, False])})
       {'w': Array([1., 0.], dtype=float32)}
@@ -126,7 +126,7 @@ def fit_masks(
     Raises:
       SpecError: when nothing is left and it still costs more.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> scores = {"kernel": jnp.arange(100.0)}
       >>> masks = fit_masks(
@@ -169,7 +169,7 @@ def sparse_bytes(params: Any, masks: Any, *, axes: Mapping[str, KernelAxes] | No
         fullest has.
       axes: the input and output axes of leaves by path, from `kernel_axes`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> sparse_bytes({"w": jnp.ones(64)}, {"w": jnp.arange(64) < 16})
       72
@@ -218,7 +218,7 @@ def multiplications(
     Raises:
       SpecError: for a mask of a leaf that the statistics do not have.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> fn = lambda params, x: x @ params["w"]
       >>> stats = jc.observe(fn, {"w": jnp.ones((3, 4))}, [jnp.ones((10, 5, 3))], ("abs_max",))

@@ -81,7 +81,7 @@ class Pattern:
 def parse_pattern(pattern: str) -> tuple[int, int]:
     """The numbers of an `n:m` pattern.
 
-    Example:
+    Examples:
       >>> parse_pattern("2:4")
       (2, 4)
     """
@@ -113,7 +113,7 @@ def check_pattern(pattern: Any) -> None:
     if is_n_of_m(pattern):
         parse_pattern(pattern.partition("@")[0])
     elif pattern not in KINDS and not re.fullmatch(r"block:[1-9]\d*x[1-9]\d*", pattern):
-        raise SpecError(f"{pattern!r} is no pattern; write one of {', '.join(KINDS)}")
+        raise SpecError(f"pattern={pattern!r}: write one of {', '.join(KINDS)}")
 
 
 def lay(pattern: str, shape: tuple[int, ...], axes: KernelAxes) -> Pattern:
@@ -134,7 +134,7 @@ def lay(pattern: str, shape: tuple[int, ...], axes: KernelAxes) -> Pattern:
     Raises:
       SpecError: for another pattern, or one that does not fit the weight.
 
-    Example:
+    Examples:
       >>> lay("filter", (3, 3, 16, 32), KernelAxes((-4, -3, -2), (-1,))).unit
       (3, 3, 16, 1)
     """

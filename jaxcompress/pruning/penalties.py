@@ -157,7 +157,7 @@ def l1(strength: float, rules: Rules, *, axes: Mapping[str, KernelAxes] | None =
     References:
       Tibshirani, *Regression Shrinkage and Selection via the Lasso*, 1996.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> penalty = l1(0.5, {"kernel": "unstructured"})
       >>> float(penalty({"kernel": jnp.array([1.0, -3.0])}))
@@ -191,7 +191,7 @@ def group_lasso(
       Yuan and Lin, *Model Selection and Estimation in Regression with Grouped Variables*, 2006; Wen
       et al., *Learning Structured Sparsity in Deep Neural Networks*, 2016.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> penalty = group_lasso(1.0, {"kernel": "vector"})
       >>> float(penalty({"kernel": jnp.array([[3.0, 4.0], [0.0, 0.0]])}))
@@ -229,7 +229,7 @@ def sparse_group_lasso(
     References:
       Simon et al., *A Sparse-Group Lasso*, 2013.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> penalty = sparse_group_lasso(1.0, {"kernel": "vector"}, mix=0.5, size_weights=False)
       >>> float(penalty({"kernel": jnp.array([[3.0, 4.0], [0.0, 0.0]])}))
@@ -280,7 +280,7 @@ def weight_elimination(
       Weigend, Rumelhart and Huberman, *Generalization by Weight-Elimination with Application to
       Forecasting*, 1991.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> penalty = weight_elimination(1.0, {"kernel": "unstructured"}, scale=2.0)
       >>> float(penalty({"kernel": jnp.array([2.0, 0.0])}))

@@ -31,7 +31,7 @@ def draw_sparsity(
     Raises:
       CompressError: when matplotlib is not installed, or does not know the suffix.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, tempfile, pathlib, jaxcompress as jc
       >>> report = jc.pruning.sparsity_report({"kernel": jnp.eye(4)})
       >>> with tempfile.TemporaryDirectory() as folder:

@@ -66,7 +66,7 @@ def proximal(
     References:
       Parikh and Boyd, *Proximal Algorithms*, 2014.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> from jaxcompress.pruning.penalties import l1
       >>> params = {"kernel": jnp.array([0.5, -2.0])}

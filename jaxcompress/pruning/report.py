@@ -91,7 +91,7 @@ def sparsity_report(tree: Any) -> SparsityReport:
     Raises:
       CompressError: for a tree without floating arrays or masks.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> sparsity_report({"kernel": jnp.array([[0.0, 2.0], [0.0, 0.0]])})
       SparsityReport(1 leaves, 1 of 4 kept, 75% sparse)

@@ -176,7 +176,7 @@ def cubic_schedule(
       Zhu and Gupta, *To Prune, or Not to Prune: Exploring the Efficacy of Pruning for Model
       Compression*, 2017.
 
-    Example:
+    Examples:
       >>> schedule = cubic_schedule(0.8, begin=100, end=500)
       >>> tuple(f"{schedule.sparsity(t):.3f}" for t in (99, 100, 300, 500, 1000))
       ('0.000', '0.000', '0.700', '0.800', '0.800')
@@ -198,7 +198,7 @@ def exponential_schedule(
       every: updates between two choices of masks.
       initial: `s_i`.
 
-    Example:
+    Examples:
       >>> schedule = exponential_schedule(0.75, end=200)
       >>> tuple(f"{schedule.sparsity(t):.3f}" for t in (0, 100, 200))
       ('0.000', '0.500', '0.750')
@@ -226,7 +226,7 @@ def iterative_schedule(
     References:
       Han et al., *Learning both Weights and Connections for Efficient Neural Networks*, 2015.
 
-    Example:
+    Examples:
       >>> schedule = iterative_schedule(0.75, rounds=2, every=100)
       >>> tuple(f"{schedule.sparsity(t):.3f}" for t in (0, 99, 100, 500))
       ('0.500', '0.500', '0.750', '0.750')
@@ -263,7 +263,7 @@ def cyclic_schedule(sparsity: float, *, sparse: int, dense: int, begin: int, end
       Peste et al., *AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks*,
       2021.
 
-    Example:
+    Examples:
       >>> schedule = cyclic_schedule(0.9, sparse=2, dense=3, begin=1, end=8)
       >>> "".join("s" if schedule.sparsity(t) > 0 else "d" for t in range(12))
       'dssdddssssss'
@@ -277,7 +277,7 @@ def cyclic_schedule(sparsity: float, *, sparse: int, dense: int, begin: int, end
 def one_shot(sparsity: float, *, at: int = 0) -> Schedule:
     """All at once, at update `at`; the masks stay from there on.
 
-    Example:
+    Examples:
       >>> schedule = one_shot(0.5, at=10)
       >>> tuple(float(schedule.sparsity(t)) for t in (9, 10, 11))
       (0.0, 0.5, 0.5)
@@ -294,7 +294,7 @@ def periodic(sparsity: float, *, every: int, begin: int = 0, end: int | None = N
       begin: the first update that prunes.
       end: the last update at which masks are chosen; None: never the last.
 
-    Example:
+    Examples:
       >>> schedule = periodic(0.5, every=4, begin=2)
       >>> tuple(t for t in range(12) if schedule.refreshes(t))
       (2, 6, 10)

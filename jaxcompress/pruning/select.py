@@ -23,7 +23,7 @@ from jaxcompress.lowering import by_devices
 def kept_count(size: int, sparsity: float) -> int:
     """How many of `size` values stay: `round(size * (1 - sparsity))`, halves to even.
 
-    Example:
+    Examples:
       >>> kept_count(10, 0.9), kept_count(3, 0.5)
       (1, 2)
     """
@@ -33,7 +33,7 @@ def kept_count(size: int, sparsity: float) -> int:
 def has_nan(scores: jax.Array) -> jax.Array:
     """Whether there is a NaN among the scores; free beside a search, which looks for the largest.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> bool(has_nan(jnp.array([1.0, jnp.nan])))
       True
@@ -69,7 +69,7 @@ def kth_largest(scores: jax.Array, k: int | jax.Array) -> jax.Array:
     Returns:
       A scalar float32.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> float(kth_largest(jnp.array([1.0, -3.0, 2.0, 2.0]), 3))
       2.0
@@ -92,7 +92,7 @@ def top_mask(scores: jax.Array, k: int | jax.Array, signed: bool = False) -> jax
     Returns:
       Booleans in the shape of `scores`, exactly k of them true.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> top_mask(jnp.array([1.0, -3.0, 2.0, 2.0]), 2).tolist()
       [False, True, True, False]
@@ -115,7 +115,7 @@ def top_masks(
     Returns:
       A mask for each array.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> first, second = top_masks([jnp.array([1.0, 5.0]), jnp.array([-2.0, 5.0])], 2)
       >>> first.tolist(), second.tolist()
@@ -289,7 +289,7 @@ def n_of_m_mask(
     References:
       Mishra et al., *Accelerating Sparse Deep Neural Networks*, 2021.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> n_of_m_mask(jnp.array([1.0, 4.0, -3.0, 2.0, 5.0]), 2, 4, -1).tolist()
       [False, True, True, False, True]

@@ -67,7 +67,7 @@ class Prune(Spec):
       Mishra et al., *Accelerating Sparse Deep Neural Networks*, 2021 (n:m); Sun et al., *A Simple
       and Effective Pruning Approach for Large Language Models*, 2024 (Wanda).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> w = jnp.arange(8.0).reshape(4, 2)
       >>> jc.Prune(0.5)(w).materialize().tolist()

@@ -97,7 +97,7 @@ def sparsify(
       Zhu and Gupta, *To Prune, or Not to Prune*, 2017; Lee et al., *JaxPruner: A Concise Library
       for Sparsity Research*, 2023 (pruning as an optimizer wrapper).
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, jaxcompress as jc
       >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(4, 2), "bias": jnp.zeros(2)}
       >>> tx = jc.sparsify(

@@ -47,7 +47,7 @@ class Quantize(Spec):
       Jacob et al., *Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference*, 2018.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> leaf = jc.Quantize("int4", group_size=32)(jnp.ones((128, 16)))
       >>> leaf, leaf.nbytes
@@ -125,7 +125,7 @@ class FakeQuantize(Quantize):
       Integer-Arithmetic-Only Inference*, 2018; Krishnamoorthi, *Quantizing Deep Convolutional
       Networks for Efficient Inference*, 2018.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> params = {"kernel": jnp.array([[7.0], [3.4]])}
       >>> params = jc.compress(params, {"kernel": jc.FakeQuantize("int4")})

@@ -79,7 +79,7 @@ class Recipe:
       name: what it is called.
       seed: of the random key for specs that draw, or None.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> recipe = jc.Recipe.from_yaml("rules: [{match: '**/kernel', quantize: int8}]")
       >>> params = {"dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
@@ -96,7 +96,7 @@ class Recipe:
     def of(cls, rules: Mapping[str, Spec | None], name: str = "") -> Recipe:
         """The recipe of a dict of rules.
 
-        Example:
+        Examples:
           >>> import jaxcompress as jc
           >>> print(jc.Recipe.of({"**/kernel": jc.Quantize("int4", group_size=64)}).to_yaml())
           rules:
@@ -130,7 +130,7 @@ class Recipe:
         Raises:
           RecipeError: naming source, line and key.
 
-        Example:
+        Examples:
           >>> import jaxcompress as jc
           >>> jc.Recipe.from_yaml("rules: [{match: '**', quantise: int8}]")
           Traceback (most recent call last):

@@ -128,7 +128,7 @@ def contents(path: str | os.PathLike[str]) -> Contents:
     Raises:
       FileError: as `open_params`.
 
-    Example:
+    Examples:
       >>> import tempfile, os, jax.numpy as jnp, jaxcompress as jc
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = os.path.join(folder, "small.safetensors")

@@ -86,7 +86,7 @@ def diff(first: Any, second: Any, *, done: Callable[[str], None] = lambda path: 
     Raises:
       CompressError: when two leaves of one path differ in shape, or a tree has two of one path.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> w = jnp.array([[3.0, 4.0]])
       >>> jc.diff({"w": w}, {"w": w.at[0, 1].set(4.5)}).relative

@@ -85,7 +85,7 @@ def summary(before: Any, after: Any) -> Summary:
     Raises:
       CompressError: when the two trees have different leaves.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> params = {"kernel": jnp.ones((256, 256)), "bias": jnp.ones(256)}
       >>> jc.summary(params, jc.compress(params, {"kernel": jc.Quantize("int8")}))

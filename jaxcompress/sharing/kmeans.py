@@ -34,7 +34,7 @@ def assign(values: jax.Array, centroids: jax.Array) -> jax.Array:
     Returns:
       uint8 indices in the shape of `values`, or uint16 for more than 256 centroids.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> assign(jnp.array([-1.0, 0.4, 0.5, 0.6]), jnp.array([0.0, 1.0])).tolist()
       [0, 0, 0, 1]
@@ -80,7 +80,7 @@ def kmeans_1d(
       Lloyd, *Least squares quantization in PCM*, 1982; Han, Mao and Dally, *Deep Compression*,
       2016 (the three inits).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> kmeans_1d(jnp.array([0.0, 1.0, 10.0, 12.0]), 2).tolist()
       [0.5, 11.0]

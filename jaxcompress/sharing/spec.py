@@ -40,7 +40,7 @@ class Codebook(Spec):
       Han, Mao and Dally, *Deep Compression*, 2016; Lloyd, *Least squares quantization in PCM*,
       1982.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> jc.Codebook(bits=1)(jnp.array([[0.0, 0.5, 2.0, 3.0]])).centroids.tolist()
       [0.25, 2.5]

@@ -426,7 +426,7 @@ def test_bad_input():
         init(P.static({"a": {"kernel": jnp.ones((8, 12), bool)}}))
     with bad("one threshold cannot rank units of several kinds"):
         init(P.magnitude(scope="global"), {"a/kernel": "filter", "**/kernel": "unstructured"})
-    with bad("'heads' is no pattern; write one of unstructured, n:m"):
+    with bad("'heads': write one of unstructured, n:m"):
         init(P.magnitude(), {"a/kernel": "heads"})
     with bad("needs a kernel .in, heads, depth."):
         init(P.magnitude(), {"a/kernel": "head"})

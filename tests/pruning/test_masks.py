@@ -299,9 +299,9 @@ def test_bad_input():
         P.make_masks({"w": jnp.ones(3)}, 1.5, {"w": "unstructured"})
     with pytest.raises(jc.SpecError, match="'2:4@1': write a negative axis"):
         lay("2:4@1", (4, 4), KernelAxes((-2,), (-1,)))
-    with pytest.raises(jc.SpecError, match="'block:0x4' is no pattern; write one of"):
+    with pytest.raises(jc.SpecError, match="'block:0x4': write one of"):
         lay("block:0x4", (4, 4), KernelAxes((-2,), (-1,)))
-    with pytest.raises(jc.SpecError, match="'rows' is no pattern"):
+    with pytest.raises(jc.SpecError, match="pattern='rows': write one of"):
         jc.Prune(0.5, pattern="rows")
     with pytest.raises(jc.SpecError, match="leaf: 'head' needs a kernel"):
         jc.Prune(0.5, pattern="head")(jnp.ones((4, 4)))

@@ -140,7 +140,7 @@ def magnitude(*, scope: str = "local", allocation: str = "uniform") -> Algorithm
       Hagiwara, *A Simple and Effective Method for Removal of Hidden Units and Weights*, 1994; Han
       et al., *Learning both Weights and Connections for Efficient Neural Networks*, 2015.
 
-    Example:
+    Examples:
       >>> magnitude(scope="global").scope
       'global'
     """
@@ -172,7 +172,7 @@ def random(*, seed: int = 0, scope: str = "local", allocation: str = "erk") -> A
     References:
       Liu et al., *The Unreasonable Effectiveness of Random Pruning*, 2022.
 
-    Example:
+    Examples:
       >>> random(seed=1).allocation
       'erk'
     """
@@ -211,7 +211,7 @@ def static(masks: Any = None) -> Algorithm:
       masks: a tree as `make_masks` gives it; None: a weight that is zero at the first choice stays
         zero.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, jaxcompress as jc
       >>> params = {"kernel": jnp.array([[0.0, 2.0]])}
       >>> tx = jc.sparsify(

@@ -110,7 +110,7 @@ def deep_r(
     References:
       Bellec et al., *Deep Rewiring: Training Very Sparse Deep Networks*, 2018.
 
-    Example:
+    Examples:
       >>> import optax, jaxcompress as jc
       >>> tx = jc.sparsify(
       ...     optax.sgd(0.05), jc.pruning.deep_r(0.05, temperature=1e-6),

@@ -41,7 +41,7 @@ def straight_through(*, scope: str = "local", allocation: str = "uniform") -> Al
       Neurons for Conditional Computation*, 2013; Lin et al., *Dynamic Model Pruning with
       Feedback*, 2020.
 
-    Example:
+    Examples:
       >>> import optax, jaxcompress as jc
       >>> tx = jc.sparsify(
       ...     optax.adam(1e-3), jc.pruning.straight_through(), jc.pruning.periodic(0.9, every=16),
@@ -107,7 +107,7 @@ def top_kast(
     References:
       Jayakumar et al., *Top-KAST: Top-K Always Sparse Training*, 2020.
 
-    Example:
+    Examples:
       >>> top_kast(backward=0.8).backward
       0.8
     """
@@ -155,7 +155,7 @@ def movement(*, scope: str = "local", allocation: str = "uniform") -> Algorithm:
     References:
       Sanh, Wolf and Rush, *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, 2020.
 
-    Example:
+    Examples:
       >>> import optax, jaxcompress as jc
       >>> tx = jc.sparsify(
       ...     optax.adam(1e-3), jc.pruning.movement(),
@@ -207,7 +207,7 @@ def soft_movement(*, threshold: float = -0.1, rate: float = 1.0, penalty: float 
     References:
       Sanh, Wolf and Rush, *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, 2020.
 
-    Example:
+    Examples:
       >>> soft_movement(penalty=10.0).penalty
       10.0
     """

@@ -111,7 +111,7 @@ def shared_out(total: jax.Array, weights: jax.Array, room: jax.Array) -> jax.Arr
       int32 `[n]`. What rounding down or a lack of room leaves over goes to the first ones that have
       room.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> shared_out(jnp.int32(10), jnp.array([3.0, 1.0]), jnp.array([5, 9])).tolist()
       [5, 5]
@@ -183,7 +183,7 @@ def snfs(
       Dettmers and Zettlemoyer, *Sparse Networks from Scratch: Faster Training without Losing
       Performance*, 2019.
 
-    Example:
+    Examples:
       >>> snfs(momentum=0.95).momentum
       0.95
     """
@@ -251,7 +251,7 @@ def dsr(
       Mostafa and Wang, *Parameter Efficient Training of Deep Convolutional Neural Networks by
       Dynamic Sparse Reparameterization*, 2019.
 
-    Example:
+    Examples:
       >>> dsr(threshold=1e-2).threshold
       0.01
     """

@@ -182,7 +182,7 @@ def set_(
       Mocanu et al., *Scalable Training of Artificial Neural Networks with Adaptive Sparse
       Connectivity Inspired by Network Science*, 2018.
 
-    Example:
+    Examples:
       >>> import optax, jaxcompress as jc
       >>> tx = jc.sparsify(
       ...     optax.adam(1e-3), jc.pruning.set_(), jc.pruning.periodic(0.9, every=100),
@@ -221,7 +221,7 @@ def rigl(
     References:
       Evci et al., *Rigging the Lottery: Making All Tickets Winners*, 2020.
 
-    Example:
+    Examples:
       >>> import optax, jaxcompress as jc
       >>> tx = jc.sparsify(
       ...     optax.adam(1e-3), jc.pruning.rigl(end=7_500),
@@ -254,7 +254,7 @@ def gse(
       Heddes et al., *Always-Sparse Training by Growing Connections with Guided Stochastic
       Exploration*, 2024.
 
-    Example:
+    Examples:
       >>> gse(explored=0.2).explored
       0.2
     """

@@ -45,7 +45,7 @@ def taylor(*, decay: float = 0.9, scope: str = "local", allocation: str = "unifo
       Molchanov et al., *Pruning Convolutional Neural Networks for Resource Efficient Inference*,
       2016.
 
-    Example:
+    Examples:
       >>> taylor(scope="global").decay
       0.9
     """

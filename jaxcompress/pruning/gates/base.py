@@ -176,7 +176,7 @@ def masked(weight: jax.Array, hard: jax.Array, soft: jax.Array) -> jax.Array:
 
     Straight-through: `dsoft = dout * weight`; the weight is frozen.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> loss = lambda s: jnp.sum(masked(jnp.array([2.0, -3.0]), s > 0.5, s))
       >>> jax.grad(loss)(jnp.array([0.7, 0.1])).tolist()

@@ -39,7 +39,7 @@ class BottleneckArray(GateArray):
     References:
       Dai et al., *Compressing Neural Networks using the Variational Information Bottleneck*, 2018.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> leaf = InformationBottleneck()(jnp.ones((2, 3)))
       >>> leaf.mean.shape, leaf.keep().tolist()
@@ -97,7 +97,7 @@ class InformationBottleneck(Spec):
     References:
       Dai et al., *Compressing Neural Networks using the Variational Information Bottleneck*, 2018.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning import gates
       >>> params = {"kernel": jnp.ones((4, 8))}

@@ -51,7 +51,7 @@ class HorseshoeArray(GaussianArray):
     References:
       Louizos, Ullrich and Welling, *Bayesian Compression for Deep Learning*, 2017.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> leaf = Horseshoe()(jnp.ones((3, 2)))
       >>> leaf.local_mean.shape, leaf.materialize().round(3).tolist()
@@ -130,7 +130,7 @@ def kl_gamma(mean: jax.Array, log_var: jax.Array, scale: float) -> jax.Array:
 
     `log(scale) / 2 + exp(mean + var / 2) / scale - (mean + log var + 1 + log 2) / 2`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> round(float(kl_gamma(jnp.float32(0.0), jnp.float32(0.0), 1.0)), 4)
       0.8021
@@ -144,7 +144,7 @@ def kl_inverse_gamma(mean: jax.Array, log_var: jax.Array) -> jax.Array:
 
     `exp(var / 2 - mean) - (log var - mean + 1 + log 2) / 2`: that of 1/x from a Gamma.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> round(float(kl_inverse_gamma(jnp.float32(0.0), jnp.float32(0.0))), 4)
       0.8021
@@ -181,7 +181,7 @@ class Horseshoe(Spec):
     References:
       Louizos, Ullrich and Welling, *Bayesian Compression for Deep Learning*, 2017.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning import gates
       >>> params = jc.compress({"kernel": jnp.ones((4, 8))}, {"kernel": gates.Horseshoe()})

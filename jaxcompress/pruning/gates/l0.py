@@ -46,7 +46,7 @@ class HardConcreteArray(GateArray):
       Louizos, Welling and Kingma, *Learning Sparse Neural Networks through L0 Regularization*,
       2018.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> leaf = L0HardConcrete(keep=0.5)(jnp.array([[2.0, 4.0]]))
       >>> leaf.materialize().tolist(), round(float(leaf.expected()), 3)
@@ -118,7 +118,7 @@ class L0HardConcrete(Spec):
       Louizos, Welling and Kingma, *Learning Sparse Neural Networks through L0 Regularization*,
       2018.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning import gates
       >>> params = {"kernel": jnp.ones((4, 2))}

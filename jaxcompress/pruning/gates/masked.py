@@ -55,7 +55,7 @@ class EdgePopupArray(_Masked):
     References:
       Ramanujan et al., *What's Hidden in a Randomly Weighted Neural Network?*, 2020.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> leaf = EdgePopup(0.5)(jnp.array([1.0, -4.0, 2.0, 3.0]))
       >>> leaf.materialize().tolist()
@@ -98,7 +98,7 @@ class EdgePopup(Spec):
     References:
       Ramanujan et al., *What's Hidden in a Randomly Weighted Neural Network?*, 2020.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning import gates
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
@@ -175,7 +175,7 @@ class PiggybackArray(_Masked):
       Mallya, Davis and Lazebnik, *Piggyback: Adapting a Single Network to Multiple Tasks by
       Learning to Mask Weights*, 2018.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> leaf = Piggyback()(jnp.array([1.0, -4.0]))
       >>> leaf.replace(scores=jnp.array([0.02, 0.001])).materialize().tolist()
@@ -216,7 +216,7 @@ class Piggyback(Spec):
       Mallya, Davis and Lazebnik, *Piggyback: Adapting a Single Network to Multiple Tasks by
       Learning to Mask Weights*, 2018.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning import gates
       >>> params = jc.compress({"kernel": jnp.ones((4, 2))}, {"kernel": gates.Piggyback()})

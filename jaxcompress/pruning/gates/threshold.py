@@ -37,7 +37,7 @@ class SoftThresholdArray(GateArray):
     References:
       Kusupati et al., *Soft Threshold Weight Reparameterization for Learnable Sparsity*, 2020.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> SoftThreshold(0.25)(jnp.array([1.0, -0.5, 0.125])).materialize().tolist()
       [0.75, -0.25, 0.0]
@@ -84,7 +84,7 @@ class SoftThreshold(Spec):
     References:
       Kusupati et al., *Soft Threshold Weight Reparameterization for Learnable Sparsity*, 2020.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning import gates
       >>> params = {"kernel": jnp.array([[1.0, 0.1], [0.05, -0.1]])}

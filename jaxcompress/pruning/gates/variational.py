@@ -40,7 +40,7 @@ class VariationalDropoutArray(GaussianArray):
     References:
       Molchanov, Ashukha and Vetrov, *Variational Dropout Sparsifies Deep Neural Networks*, 2017.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> leaf = VariationalDropout()(jnp.array([1.0, 0.001]))
       >>> tuple(round(float(x), 2) for x in leaf.log_alpha())
@@ -99,7 +99,7 @@ class VariationalDropout(Spec):
     References:
       Molchanov, Ashukha and Vetrov, *Variational Dropout Sparsifies Deep Neural Networks*, 2017.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning import gates
       >>> params = {"kernel": jnp.ones((4, 2))}

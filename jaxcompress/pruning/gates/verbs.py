@@ -36,7 +36,7 @@ def sample(tree: Any, key: jax.Array) -> Any:
     Returns:
       The same tree with noise in its gates.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning import gates
       >>> params = jc.compress({"w": jnp.ones((2, 3))}, {"w": gates.L0HardConcrete(keep=0.5)})
@@ -60,7 +60,7 @@ def sample(tree: Any, key: jax.Array) -> Any:
 def quiet(tree: Any) -> Any:
     """The tree without the noise that `sample` put in.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jaxcompress.pruning import gates
       >>> drawn = sample({"w": gates.L0HardConcrete()(jnp.ones(2))}, jax.random.key(0))
@@ -112,7 +112,7 @@ def gate_penalty(tree: Any, factors: Mapping[str, float] | None = None) -> jax.A
     Raises:
       RuleError: for a glob that matches no gate.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning import gates
       >>> params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
@@ -148,7 +148,7 @@ def posterior_bits(tree: Any) -> dict[str, int]:
       Louizos, Ullrich and Welling, *Bayesian Compression for Deep Learning*, 2017 (the bit width
       from the posterior variance).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning import gates
       >>> params = jc.compress({"w": jnp.ones(9)}, {"w": gates.VariationalDropout(-6.0)})
@@ -241,7 +241,7 @@ def gate_report(tree: Any) -> GateReport:
     Raises:
       CompressError: for a tree without gates.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning import gates
       >>> w = {"kernel": jnp.array([3.0, 4.0, 0.0005])}

@@ -29,7 +29,7 @@ def magnitude(params: Any) -> Any:
     References:
       Hagiwara, *A Simple and Effective Method for Removal of Hidden Units and Weights*, 1994.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> magnitude({"w": jnp.array([1.0, -2.0]), "step": 3})
       {'step': None, 'w': Array([1., 2.], dtype=float32)}
@@ -54,7 +54,7 @@ def random(params: Any, key: jax.Array) -> Any:
     References:
       Liu et al., *The Unreasonable Effectiveness of Random Pruning*, 2022.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> random({"w": jnp.ones((2, 3))}, jax.random.key(0))["w"].shape
       (2, 3)
@@ -85,7 +85,7 @@ def lamp(params: Any, *, axes: Mapping[str, KernelAxes] | None = None) -> Any:
     References:
       Lee et al., *Layer-Adaptive Sparsity for the Magnitude-Based Pruning*, 2021.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> scores = lamp({"w": jnp.array([1.0, -2.0, 3.0])})
       >>> tuple(round(float(x), 4) for x in scores["w"])

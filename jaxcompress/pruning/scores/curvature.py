@@ -56,7 +56,7 @@ def obd(
       the Trace of the Influence Matrix for Laplacian Smoothing Splines*, 1990; Bekas, Kokiopoulou
       and Saad, *An Estimator for the Diagonal of a Matrix*, 2007.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> loss_fn = lambda params, a: jnp.sum(a * params["w"] ** 2)
       >>> params, a = {"w": jnp.array([1.0, 2.0])}, jnp.array([3.0, 1.0])
@@ -119,7 +119,7 @@ def fisher(
     References:
       Theis et al., *Faster Gaze Prediction with Dense Networks and Fisher Pruning*, 2018.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> loss_fn = lambda params, x: jnp.mean(x @ params["kernel"])
       >>> params = {"kernel": jnp.array([[1.0], [2.0]])}

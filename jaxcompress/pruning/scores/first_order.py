@@ -36,7 +36,7 @@ def snip(loss_fn: Callable[..., Any], params: Any, batches: Iterable[Any]) -> An
       Lee, Ajanthan and Torr, *SNIP: Single-Shot Network Pruning Based on Connection Sensitivity*,
       2019.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> loss_fn = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
       >>> snip(loss_fn, {"w": jnp.array([1.0, 2.0])}, [jnp.eye(2)])["w"].tolist()
@@ -81,7 +81,7 @@ def taylor(
       Molchanov et al., *Pruning Convolutional Neural Networks for Resource Efficient Inference*,
       2016; Molchanov et al., *Importance Estimation for Neural Network Pruning*, 2019 (order 2).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> loss_fn = lambda params, x: jnp.mean(x @ params["kernel"])
       >>> params = {"kernel": jnp.array([[1.0, 2.0], [-1.0, 2.0]])}
@@ -135,7 +135,7 @@ def skeletonization(
       Mozer and Smolensky, *Skeletonization: A Technique for Trimming the Fat from a Network via
       Relevance Assessment*, 1989.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> loss_fn = lambda params, x: jnp.mean(jnp.sum(1 - x @ params["kernel"], axis=-1))
       >>> params = {"kernel": jnp.array([[3.0, -1.0]])}

@@ -49,7 +49,7 @@ def grasp(
       Wang, Zhang and Grosse, *Picking Winning Tickets Before Training by Preserving Gradient Flow*,
       2020.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> loss_fn = lambda params, a: jnp.sum(a * params["w"] ** 2) / 2
       >>> grasp(loss_fn, {"w": jnp.array([1.0, -2.0])}, [jnp.array([3.0, 1.0])])["w"].tolist()

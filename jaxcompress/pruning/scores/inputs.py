@@ -50,7 +50,7 @@ def wanda(
     References:
       Sun et al., *A Simple and Effective Pruning Approach for Large Language Models*, 2024.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> fn = lambda params, x: x @ params["kernel"]
       >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, 4.0]])}
@@ -105,7 +105,7 @@ def hrank(
     References:
       Lin et al., *HRank: Filter Pruning Using High-Rank Feature Map*, 2020.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> params = {"kernel": jnp.ones((1, 1, 1, 2))}
       >>> maps = lambda params, x: {"kernel": jnp.stack([x, jnp.ones_like(x)], axis=-1)}

@@ -79,7 +79,7 @@ def shares(sparsity: Any, rounds: Any) -> list[float]:
     Raises:
       SpecError: for no rounds, or a sparsity that no way of shrinking by shares leads to.
 
-    Example:
+    Examples:
       >>> shares(0.75, 2)
       [0.0, 0.5, 0.75]
     """
@@ -151,7 +151,7 @@ def force(
       de Jorge et al., *Progressive Skeletonization: Trimming More Fat from a Network at
       Initialization*, 2021.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> loss_fn = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
       >>> params = {"w": jnp.array([1.0, 2.0, 3.0, 4.0])}

@@ -53,7 +53,7 @@ def track_karnin(
     References:
       Karnin, *A Simple Procedure for Pruning Back-Propagation Trained Neural Networks*, 1990.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> tx, params = track_karnin(optax.sgd(0.5)), {"w": jnp.array([2.0, 3.0])}
       >>> state = tx.init(params)
@@ -104,7 +104,7 @@ def karnin(state: Any, params: Any) -> Any:
     References:
       Karnin, *A Simple Procedure for Pruning Back-Propagation Trained Neural Networks*, 1990.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> start, sums = {"w": jnp.array([1.0])}, {"w": jnp.array([-0.5])}
       >>> karnin(KarninState((), start, sums), {"w": jnp.array([3.0])})["w"].tolist()

@@ -53,7 +53,7 @@ def synaptic_flow(
       Tanaka et al., *Pruning Neural Networks without Any Data by Iteratively Conserving Synaptic
       Flow*, 2020.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> fn = lambda params, x: x @ params["a"] @ params["b"]
       >>> params = {"a": jnp.array([[1.0, -2.0]]), "b": jnp.array([[3.0], [1.0]])}
@@ -108,7 +108,7 @@ def synflow(
       Tanaka et al., *Pruning Neural Networks without Any Data by Iteratively Conserving Synaptic
       Flow*, 2020.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> fn = lambda params, x: x @ params["a"] @ params["b"]
       >>> params = {"a": jnp.array([[1.0, -2.0]]), "b": jnp.array([[3.0], [1.0]])}

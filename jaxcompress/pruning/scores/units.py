@@ -56,7 +56,7 @@ def unit_changes(
 def unit_sums(x: jax.Array, box: Box) -> jax.Array:
     """At each weight the sum over its unit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> unit_sums(jnp.arange(6.0).reshape(2, 3), (2, 1)).tolist()
       [[3.0, 5.0, 7.0], [3.0, 5.0, 7.0]]

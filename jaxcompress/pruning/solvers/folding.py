@@ -14,7 +14,7 @@ from jaxcompress.rules import KernelAxes
 class Folding(NamedTuple):
     """How a leaf becomes matrices: `[*batch, K, N]`, or `[*batch, groups, K, N / groups]`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> how = folding(jnp.zeros((3, 3, 16, 32)), KernelAxes((-4, -3, -2), (-1,)))
       >>> how.fold(jnp.zeros((3, 3, 16, 32))).shape

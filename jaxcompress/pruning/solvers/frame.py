@@ -44,7 +44,7 @@ class Frame(NamedTuple):
 def frame(inputs: int, run: int, block_size: int, groups: tuple[int, ...]) -> Frame:
     """The frame of some inputs, in runs of `run`, for groups of these sizes.
 
-    Example:
+    Examples:
       >>> frame(6, 3, 4, (2,)).place.tolist()
       [0, 1, 2, 4, 5, 6]
     """
@@ -62,7 +62,7 @@ def frame(inputs: int, run: int, block_size: int, groups: tuple[int, ...]) -> Fr
 def shares(total: int, sizes: np.ndarray) -> np.ndarray:
     """Divides a total among parts in proportion to their sizes: whole numbers, the sum exact.
 
-    Example:
+    Examples:
       >>> shares(5, np.array([2, 2, 2])).tolist()
       [1, 2, 2]
     """

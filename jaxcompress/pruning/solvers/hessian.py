@@ -54,7 +54,7 @@ def hessian(gram: jax.Array, damping: float | jax.Array) -> Hessian:
       gram: `[K, K]`, positive semi-definite up to rounding.
       damping: non-negative.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> h = hessian(jnp.ones((2, 2)), damping=0.0)  # of rank one
       >>> bool(h.damping > 0), bool(jnp.isfinite(h.factor).all())

@@ -60,7 +60,7 @@ def obs(w: jax.Array, gram: jax.Array, kept: int, *, damping: float = 1e-4) -> S
       Hassibi and Stork, *Second Order Derivatives for Network Pruning: Optimal Brain Surgeon*,
       1993; Frantar, Singh and Alistarh, *Optimal Brain Compression*, 2022 (by columns).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> gram = jnp.array([[1.0, 0.9], [0.9, 1.0]])  # the inputs are nearly the same,
       >>> found = obs(jnp.array([[1.0], [2.0]]), gram, 1, damping=0.0)
@@ -102,7 +102,7 @@ def layerwise_obs(w: jax.Array, gram: jax.Array, kept: int, *, damping: float = 
       Dong, Chen and Pan, *Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain
       Surgeon*, 2017.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> gram = jnp.array([[1.0, 0.9], [0.9, 1.0]])
       >>> found = layerwise_obs(jnp.array([[1.0], [2.0]]), gram, 1, damping=0.0)
@@ -140,7 +140,7 @@ def reconstruct(
     Raises:
       SpecError: for shapes that do not fit, and as `obs`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> gram = jnp.array([[1.0, 0.5], [0.5, 1.0]])
       >>> w, mask = jnp.array([[1.0], [2.0]]), jnp.array([[True], [False]])

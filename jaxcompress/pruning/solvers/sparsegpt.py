@@ -88,7 +88,7 @@ def sparsegpt(
       Frantar and Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in
       One-Shot*, 2023; Frantar et al., *GPTQ*, 2023.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> gram = jnp.array([[1.0, 0.9], [0.9, 1.0]])  # the inputs are nearly the same,
       >>> found = sparsegpt(jnp.array([[1.0], [2.0]]), gram, sparsity=0.5, damping=0.0)

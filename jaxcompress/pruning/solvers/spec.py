@@ -69,7 +69,7 @@ class SparseGPT(Spec):
       Frantar and Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in
       One-Shot*, 2023.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.pruning.solvers import SparseGPT
       >>> fn = lambda params, x: x @ params["kernel"]
