@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -146,6 +148,20 @@ def is_count(x: Any, least: int, most: float = math.inf) -> bool:
     """Whether `x` is a whole number within bounds; what specs ask of ranks, bits and sizes."""
     whole = isinstance(x, (int, np.integer)) and not isinstance(x, bool)
     return whole and bool(least <= x <= most)
+
+
+def is_number(x: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether `x` is a finite real number, of Python or of numpy, within bounds; a bool is none.
+
+    Examples:
+      >>> import numpy as np
+      >>> is_number(np.float32(0.5), 0, 1), is_number(True), is_number(float("nan"))
+      (True, False, False)
+    """
+    if not isinstance(x, numbers.Real) or isinstance(x, bool):
+        return False
+    value: Any = x.item() if isinstance(x, np.generic) else x
+    return bool(abs(value) <= sys.float_info.max and least <= value <= most)  # false for NaN
 
 
 def child_axes(leaf: CompressedArray, name: str, child: Any) -> KernelAxes:

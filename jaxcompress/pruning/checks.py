@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-import sys
 from typing import Any
 
-import numpy as np
-
 from jaxcompress.errors import SpecError
-
-
-def is_number(x: Any, least: float = -math.inf, most: float = math.inf) -> bool:
-    """Whether `x` is a finite real number, of Python or of numpy, within bounds; a bool is none.
-
-    Examples:
-      >>> import numpy as np
-      >>> is_number(np.float32(0.5), 0, 1), is_number(True), is_number(float("nan"))
-      (True, False, False)
-    """
-    if not isinstance(x, numbers.Real) or isinstance(x, bool):
-        return False
-    value: Any = x.item() if isinstance(x, np.generic) else x
-    return bool(abs(value) <= sys.float_info.max and least <= value <= most)  # false for NaN
+from jaxcompress.specs import is_number
 
 
 def check_number(name: str, x: Any, example: float) -> float:

@@ -5,7 +5,7 @@ weights `[..., K, N]`, inputs before outputs; `jaxcompress.SparseGPT` does it on
 of a tree.
 """
 
-from jaxcompress.pruning.solvers.hessian import Solution
+from jaxcompress.layerwise.hessian import Solution
 from jaxcompress.pruning.solvers.obs import layerwise_obs, obs, reconstruct
 from jaxcompress.pruning.solvers.sparsegpt import sparsegpt
 from jaxcompress.pruning.solvers.spec import SparseGPT

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.select import top_mask
-from jaxcompress.pruning.solvers.hessian import (
+from jaxcompress.layerwise.hessian import (
     Hessian,
     Solution,
     check_damping,
@@ -21,6 +20,7 @@ from jaxcompress.pruning.solvers.hessian import (
     over_stack,
     unchanged,
 )
+from jaxcompress.pruning.select import top_mask
 from jaxcompress.specs import is_count
 
 _HIGHEST = lax.Precision.HIGHEST

@@ -12,11 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.checks import check_share
-from jaxcompress.pruning.patterns import parse_pattern
-from jaxcompress.pruning.select import kept_count
-from jaxcompress.pruning.solvers.frame import frame, shares
-from jaxcompress.pruning.solvers.hessian import (
+from jaxcompress.layerwise.frame import frame, shares
+from jaxcompress.layerwise.hessian import (
     Solution,
     check_damping,
     check_finite,
@@ -26,8 +23,11 @@ from jaxcompress.pruning.solvers.hessian import (
     over_stack,
     unchanged,
 )
-from jaxcompress.pruning.solvers.rounding import Rounding, check_quantize
-from jaxcompress.pruning.solvers.sweep import Sweep, sweep
+from jaxcompress.layerwise.rounding import Rounding, check_quantize
+from jaxcompress.layerwise.sweep import Sweep, sweep
+from jaxcompress.pruning.checks import check_share
+from jaxcompress.pruning.patterns import parse_pattern
+from jaxcompress.pruning.select import kept_count, n_of_m_mask, top_mask
 from jaxcompress.quantization.spec import Quantize
 from jaxcompress.specs import is_count
 
@@ -159,15 +159,38 @@ def solve(w: jax.Array, gram: jax.Array, options: Options, run: int, groups: int
     total = 0 if n else kept_count(int(sizes.sum()), options.sparsity or 0.0)
     counts = shares(total, sizes).reshape(*([groups] if groups > 1 else []), 1, -1)
     counts = np.broadcast_to(counts, (*w.shape[:-2], *counts.shape[-2:]))
-    how = Sweep(n, m, lay.block, Rounding(np.dtype(w.dtype), quantize, group))
-    return _solve(w, gram, counts.astype(np.int32), options.damping, how, options.block_size, run)
+    rounding = Rounding(np.dtype(w.dtype), quantize, group)
+    how = Sweep(lay.block, rounding, m if n else lay.block, _Keep(n, m))
+    return _solve(
+        w, gram, counts.astype(np.int32), options.damping, how, m, options.block_size, run
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+@dataclasses.dataclass(frozen=True)
+class _Keep:
+    """Which weights stay: `n` of each `m` rows of a column, or, with n = 0, the count's best."""
+
+    n: int
+    m: int
+
+    def __call__(self, scores: jax.Array, count: jax.Array) -> jax.Array:
+        if self.n:
+            return n_of_m_mask(scores, self.n, self.m, 0, signed=True)
+        return top_mask(scores, count, signed=True)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
 def _solve(
-    w: jax.Array, gram: jax.Array, counts: Any, damping: Any, how: Sweep, block_size: int, run: int
+    w: jax.Array,
+    gram: jax.Array,
+    counts: Any,
+    damping: Any,
+    how: Sweep,
+    m: int,
+    block_size: int,
+    run: int,
 ) -> Solution:
-    lay = frame(w.shape[-2], run, block_size, (how.m, how.rounding.group or 1))
+    lay = frame(w.shape[-2], run, block_size, (m, how.rounding.group or 1))
 
     def one(w: jax.Array, gram: jax.Array, counts: jax.Array) -> Solution:
         h = hessian(lay.padded(lay.padded(gram).T), damping)

@@ -8,17 +8,15 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxcompress.arrays.base import is_compressed
-from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.arrays.sparse import SparseArray, best_layout, encode
 from jaxcompress.errors import SpecError
+from jaxcompress.layerwise.folding import Folding
+from jaxcompress.layerwise.leaf import fitted_folding, on_matrices, quantized_leaf
+from jaxcompress.layerwise.rounding import check_quantize
 from jaxcompress.pruning.patterns import parse_pattern
 from jaxcompress.pruning.select import kept_count
-from jaxcompress.pruning.solvers.folding import Folding, folding
-from jaxcompress.pruning.solvers.hessian import Solution, check_finite
-from jaxcompress.pruning.solvers.rounding import check_quantize
 from jaxcompress.pruning.solvers.sparsegpt import Options, check_options, solve
 from jaxcompress.quantization.spec import Quantize
 from jaxcompress.rules import default_axes
@@ -26,9 +24,6 @@ from jaxcompress.specs import (
     LeafContext,
     Plan,
     Spec,
-    on_all_devices,
-    on_auto_axes,
-    placed_like,
     register_spec,
 )
 
@@ -119,7 +114,12 @@ class SparseGPT(Spec):
         return self._planned(leaf, context)
 
     def _planned(self, leaf: Any, context: LeafContext) -> _SparseGPTPlan:
-        options, how = self.options(), _folding(leaf, context)
+        options, how = (
+            self.options(),
+            fitted_folding(
+                leaf, context, "SparseGPT", "nothing can make up for it; write Prune instead"
+            ),
+        )
         return _SparseGPTPlan(options, how, _kept(options, how), context.path)
 
     def __call__(self, leaf: Any, context: LeafContext | None = None) -> Any:
@@ -145,47 +145,21 @@ class _SparseGPTPlan(Plan):
 
 
 def _solved(plan: _SparseGPTPlan, leaf: Any, gram: Any) -> Any:
-    check_finite(gram, plan.path)
-    leaf, mesh = on_auto_axes(leaf)
-    gram = on_all_devices(gram, leaf)
     how = plan.folding
-    # The solver is compiled for its matrices: leaves whose matrices are of one shape share it.
-    matrices = _folded(how, leaf)
-    found = solve(matrices, jnp.asarray(gram), plan.options, how.inputs[-1], how.groups)
-    if found.codes is None:
-        weight, mask = _unfolded(how, found.weight, found.mask)
-        out = _sparse(weight, mask, plan)
-    else:
-        out = _quantized(found, how, plan.options.quantize)
-    return placed_like(out, leaf, mesh)
 
+    def run(matrices: jax.Array, gram: jax.Array) -> Any:
+        found = solve(matrices, gram, plan.options, how.inputs[-1], how.groups)
+        if found.codes is None:
+            weight, mask = _unfolded(how, found.weight, found.mask)
+            return _sparse(weight, mask, plan)
+        return quantized_leaf(found, how, plan.options.quantize)
 
-@functools.partial(jax.jit, static_argnums=0)
-def _folded(how: Folding, leaf: jax.Array) -> jax.Array:
-    return how.fold(leaf)
+    return on_matrices(run, how, leaf, gram, plan.path)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _unfolded(how: Folding, weight: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     return how.unfold(weight), how.unfold(mask)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantized(found: Solution, how: Folding, quantize: Quantize) -> QuantizedArray:
-    group, inputs = quantize.group_size, (1,) * len(how.inputs)
-    if group is not None:
-        group = min(group, how.inputs[-1])
-        inputs = (*how.inputs[:-1], -(-how.inputs[-1] // group))
-    last = how.order[len(how.batch) + len(how.inputs) - 1]
-    return QuantizedArray.from_codes(
-        how.unfold(found.codes),
-        how.unfold(found.scale, inputs),
-        None if found.zero_point is None else how.unfold(found.zero_point, inputs),
-        quantize.format,
-        last - len(how.order),
-        group,
-        found.weight.dtype,
-    )
 
 
 _encode = jax.jit(encode, static_argnums=(2, 3, 4))
@@ -209,40 +183,3 @@ def _kept(options: Options, how: Folding) -> int:
     n, m = parse_pattern(options.pattern)
     full, rest = divmod(how.inputs[-1], m)
     return rows // how.inputs[-1] * columns * (full * n + min(n, rest))
-
-
-def _folding(leaf: Any, context: LeafContext) -> Folding:
-    """The folding that the statistics fit.
-
-    Raises:
-      SpecError: when there are none, or they are of something else.
-    """
-    if leaf.ndim == 0:
-        raise SpecError(f"{context.path}: a scalar cannot be pruned; leave it dense")
-    gram = None if context.stats is None else context.stats.gram
-    if gram is None:
-        raise SpecError(
-            f"{context.path}: SparseGPT needs the Gram matrix of the inputs on axes "
-            f"{tuple(context.axes.input)}: write compress(..., stats=jc.observe(fn, params, "
-            "batches, ('gram',))), and axes=jc.kernel_axes(fn, ...) where the leaf's axes are "
-            "not by Flax's conventions"
-        )
-    how = folding(leaf, context.axes)
-    rows, columns = math.prod(how.inputs), math.prod(how.outputs)
-    shape = tuple(gram.shape)
-    if shape == (*how.batch, rows, rows):
-        return how
-    lead = len(how.batch)
-    grouped = len(shape) == lead + 3 and shape == (*how.batch, shape[lead], rows, rows)
-    if grouped and columns % shape[lead] == 0:
-        return how._replace(groups=shape[lead])
-    if shape == (*how.batch, rows):
-        raise SpecError(
-            f"{context.path}: it is only looked up, so that each row stands alone and nothing can "
-            "make up for it; write Prune instead"
-        )
-    raise SpecError(
-        f"{context.path}: the Gram matrix has shape {shape}, and a leaf {tuple(leaf.shape)} with "
-        f"inputs {tuple(context.axes.input)} needs {(*how.batch, rows, rows)}: write "
-        "compress(..., stats=jc.observe(fn, params, batches, ('gram',))) with these very params"
-    )

@@ -13,7 +13,7 @@ import jaxcompress as jc
 from jaxcompress import SpecError
 from jaxcompress.pruning import kept_count
 from jaxcompress.pruning.solvers import reconstruct, sparsegpt
-from jaxcompress.pruning.solvers.hessian import hessian
+from jaxcompress.layerwise.hessian import hessian
 from jaxcompress.pruning.solvers.sparsegpt import Options, solve
 
 EPS = float(np.finfo(np.float32).eps)

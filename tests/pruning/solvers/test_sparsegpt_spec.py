@@ -156,7 +156,7 @@ def at(gram):
         (lambda w: SparseGPT(0.5)(w, at(jnp.eye(3))), r"has shape \(3, 3\).*needs \(4, 4\)"),
         (lambda w: SparseGPT(0.5)(w, at(jnp.ones(4))), "only looked up"),
         (lambda w: SparseGPT(0.5)(jc.Prune(0.5)(w), at(jnp.eye(4))), "put it first"),
-        (lambda w: SparseGPT(0.5)(w[0, 0], at(jnp.eye(4))), "a scalar cannot be pruned"),
+        (lambda w: SparseGPT(0.5)(w[0, 0], at(jnp.eye(4))), "a scalar has no inputs"),
         (lambda w: SparseGPT(0.5).plan(w, at(jnp.eye(4))).apply(w, None), "call the spec"),
         (lambda w: SparseGPT(0.5, quantize="int9"), "unknown format 'int9'"),
         (lambda w: SparseGPT(0.5, quantize=jc.Quantize("int4", axis=0)), "leave out axis"),

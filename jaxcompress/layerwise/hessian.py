@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
-from jaxcompress.pruning.checks import is_number
+from jaxcompress.specs import is_number
 
 # Where none was asked for and it takes some, and where the search ends: a damping of K times the
 # mean makes any matrix dominated by its diagonal.

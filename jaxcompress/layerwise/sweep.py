@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcompress.pruning.select import n_of_m_mask, top_mask
-from jaxcompress.pruning.solvers.rounding import Rounding, Scales
+from jaxcompress.layerwise.rounding import Rounding, Scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +18,17 @@ class Sweep:
     """What is done with each row.
 
     Attributes:
-      n: of each `m` rows n stay in a column; 0: so many of a block as it is given.
-      m: see `n`.
-      block: rows in a block; a multiple of `m` and of the rows that share scales.
+      block: rows in a block; a multiple of `span` and of the rows that share scales.
       rounding: how rows are stored.
+      span: rows among which weights are chosen at once.
+      choose: which weights of a span stay, from their scores `[span, N]` (-1 where a row is not
+        real) and the count of the block; hashable. None: all do.
     """
 
-    n: int
-    m: int
     block: int
     rounding: Rounding
+    span: int = 1
+    choose: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 def sweep(
@@ -39,7 +40,7 @@ def sweep(
       x: float32 `[K, N]`, whole blocks.
       factor: upper triangular U of `U' U = H^-1`, `[K, K]`.
       real: which rows are real, bool `[K]`; no other is counted.
-      counts: how many weights of each block stay, int32; ignored with an `n:m` pattern.
+      counts: how many weights of each block stay, int32, for `how.choose`.
       how: what is done.
 
     Returns:
@@ -100,16 +101,16 @@ def _sweep_block(
     x: jax.Array, factor: jax.Array, real: jax.Array, count: jax.Array, scales: Scales, how: Sweep
 ) -> tuple[jax.Array, _Rows]:
     """One block: `(w_c - q_c) / U_cc` of each row, and what was made of it."""
-    pivots, span = jnp.diagonal(factor), how.m if how.n else how.block
+    pivots, span = jnp.diagonal(factor), how.span
     index = jnp.arange(how.block)
 
     def choose(x: jax.Array, start: Any) -> jax.Array:
         """Which weights of the next rows stay, by |w_c| / U_cc; what is not real the last."""
+        if how.choose is None:
+            return jnp.ones((span, x.shape[1]), bool)
         rows, pivot, exists = (lax.dynamic_slice_in_dim(y, start, span) for y in (x, pivots, real))
         scores = jnp.where(exists[:, None], jnp.abs(rows) / pivot[:, None], -1.0)
-        if how.n:
-            return n_of_m_mask(scores, how.n, how.m, 0, signed=True)
-        return top_mask(scores, count, signed=True)
+        return how.choose(scores, count)
 
     def group_scales(x: jax.Array, i: Any, before: Scales) -> Scales:
         group = how.rounding.group
