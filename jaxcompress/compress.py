@@ -91,7 +91,7 @@ def compress(
             small = tied.get(tie)
             if small is None:
                 context, spare = hit.context(key, index, stats), donate and tie is None
-                one = _lazily if lazy else _compress_leaf
+                one = _lazily if lazy else compress_leaf
                 small = one(leaf, hit.spec, context, spare)
                 if tie is not None:
                     tied[tie] = small
@@ -158,11 +158,12 @@ def _check_stats(stats: Stats, leaves: Sequence[tuple[str, Any]]) -> None:
 def _lazily(leaf: Any, spec: Spec, context: LeafContext, donate: bool) -> LazyArray:
     return LazyArray(
         tuple(leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype), nbytes(leaf),
-        lambda: _compress_leaf(leaf, spec, context, donate=False),
+        lambda: compress_leaf(leaf, spec, context, donate=False),
     )  # fmt: skip
 
 
-def _compress_leaf(leaf: Any, spec: Spec, context: LeafContext, donate: bool) -> Any:
+def compress_leaf(leaf: Any, spec: Spec, context: LeafContext, donate: bool) -> Any:
+    """One leaf as `compress` makes it, when it is there."""
     array = leaf.load() if isinstance(leaf, LazyArray) else leaf
     if not is_compressed(array):
         array = jnp.asarray(array)

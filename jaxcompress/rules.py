@@ -114,6 +114,16 @@ def glob(pattern: str) -> re.Pattern[str]:
         raise RuleError(f"rule {pattern!r} is no pattern: {error}") from None
 
 
+def escape(path: str) -> str:
+    """The pattern that matches this path alone.
+
+    Examples:
+      >>> escape("a/*/[0]"), glob(escape("a/*/[0]")).fullmatch("a/*/[0]") is not None
+      ('a/[*]/[[]0]', True)
+    """
+    return re.sub(r"[*?\[]", r"[\g<0>]", path)
+
+
 def match(rules: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, Any] | None]:
     """For each path the first rule that matches it, as (pattern, spec), or None.
 

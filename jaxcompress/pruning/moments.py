@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.optimizer_state import owner
+
 
 class Memory(NamedTuple):
     """What an algorithm keeps in the state of `sparsify`.
@@ -46,7 +48,7 @@ def set_back(
     new = {tuple(path): x for path, x in jax.tree_util.tree_flatten_with_path(fresh)[0]}
     out = []
     for path, x in found:
-        place = _owner(tuple(path), paths)
+        place = owner(tuple(path), paths)
         where = None if place is None else by_place.get(place)
         start = new.get(tuple(path))
         if (
@@ -58,9 +60,3 @@ def set_back(
             x = jnp.where(where, start, x)
         out.append(x)
     return jax.tree.unflatten(structure, out)
-
-
-def _owner(path: tuple[Any, ...], paths: Sequence[tuple[Any, ...]]) -> int | None:
-    """The number of the longest of the paths with which this one ends."""
-    ends = [i for i, p in enumerate(paths) if path[max(0, len(path) - len(p)) :] == p]
-    return max(ends, key=lambda i: len(paths[i]), default=None)

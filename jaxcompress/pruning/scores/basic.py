@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.gradients.weights import Weights, float32, per_weight, placed_like, whole
 from jaxcompress.pruning import allocation
-from jaxcompress.pruning.scores.weights import Weights, float32, per_weight, placed_like, whole
 from jaxcompress.rules import KernelAxes
 
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.scores.batches import each_example, mean_over_batches
+from jaxcompress.gradients.batches import each_example, mean_over_batches
+from jaxcompress.gradients.curvature import hessian_diagonal
+from jaxcompress.gradients.weights import Weights, float32
 from jaxcompress.pruning.scores.units import Box, boxes, unit_sums
-from jaxcompress.pruning.scores.weights import Weights, float32, placed_like
 from jaxcompress.rules import KernelAxes
 from jaxcompress.specs import is_count
 
@@ -75,7 +76,7 @@ def obd(
     if not is_count(probes, 1):
         raise SpecError(f"probes={probes!r}: write a whole number from 1 on")
     keys = jax.random.split(key, probes)
-    diagonal = mean_over_batches(_hutchinson, loss_fn, weights, batches, keys)
+    diagonal = mean_over_batches(hessian_diagonal, loss_fn, weights, batches, keys)
     return weights.scores(
         [h * jnp.square(float32(w)) / 2 for h, w in zip(diagonal, weights.values)]
     )
@@ -155,26 +156,3 @@ def squared_unit_gradients(
         sums = jax.vmap(functools.partial(unit_sums, box=box))(float32(w) * g)
         out.append(jnp.mean(jnp.square(sums), axis=0))
     return out
-
-
-def _hutchinson(
-    loss: Callable[..., jax.Array], weights: Weights, args: tuple[Any, ...], extra: Any
-) -> list[jax.Array]:
-    """The mean over probes of `z * (H z)`, one probe after the other."""
-    keys, batch = extra
-    values = weights.values
-    grad = lambda values: jax.grad(loss)(values, *args)
-
-    def probe(sums: list[jax.Array], key: jax.Array) -> tuple[list[jax.Array], None]:
-        parts = jax.random.split(jax.random.fold_in(key, batch), len(values))
-        signs = [
-            placed_like(x, jax.random.rademacher(k, x.shape, x.dtype))
-            for k, x in zip(parts, values)
-        ]
-        curved = jax.jvp(grad, (values,), (signs,))[1]
-        return [s + float32(z) * float32(c) for s, z, c in zip(sums, signs, curved)], None
-
-    # Placed like the weights, which on a mesh with Explicit axes is a part of the carry's type.
-    start = [jnp.zeros_like(x, dtype=jnp.float32) for x in values]
-    sums, _ = jax.lax.scan(probe, start, keys)
-    return [x / keys.shape[0] for x in sums]

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.errors import SpecError
+from jaxcompress.gradients.weights import Weights, float32, per_weight, placed_like, whole
 from jaxcompress.numerics import unit_scale
 from jaxcompress.pruning.scores.inputs import broadcast_outputs
-from jaxcompress.pruning.scores.weights import Weights, float32, per_weight, placed_like, whole
 from jaxcompress.rules import KernelAxes
 
 

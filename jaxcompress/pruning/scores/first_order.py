@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.scores.batches import gradient, mean_over_batches
+from jaxcompress.gradients.batches import gradient, mean_over_batches
+from jaxcompress.gradients.weights import Weights
 from jaxcompress.pruning.scores.curvature import Static, squared_unit_gradients
 from jaxcompress.pruning.scores.units import boxes, unit_changes
-from jaxcompress.pruning.scores.weights import Weights
 from jaxcompress.rules import KernelAxes
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.scores.batches import (
+from jaxcompress.gradients.batches import (
     gradient,
     hashable,
     mean_over_batches,
     replayed,
 )
-from jaxcompress.pruning.scores.weights import Weights, float32
+from jaxcompress.gradients.weights import Weights, float32
 
 
 def grasp(

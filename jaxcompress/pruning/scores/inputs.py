@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.errors import SpecError
+from jaxcompress.gradients.batches import hashable, join_batch, split_batch
+from jaxcompress.gradients.weights import Weights, float32
 from jaxcompress.observe import observe
 from jaxcompress.pruning.norms import input_norms
-from jaxcompress.pruning.scores.batches import hashable, join_batch, split_batch
-from jaxcompress.pruning.scores.weights import Weights, float32
 from jaxcompress.rules import KernelAxes
 
 

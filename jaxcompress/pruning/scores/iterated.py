@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.masks import apply_masks, make_masks
-from jaxcompress.pruning.scores.batches import (
+from jaxcompress.gradients.batches import (
     gradient,
     hashable,
     mean_over_batches,
     replayed,
 )
-from jaxcompress.pruning.scores.weights import Weights, float32
+from jaxcompress.gradients.weights import Weights, float32
+from jaxcompress.pruning.masks import apply_masks, make_masks
 from jaxcompress.rules import KernelAxes
 from jaxcompress.specs import is_count
 

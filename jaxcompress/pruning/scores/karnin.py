@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.scores.weights import Weights, float32
+from jaxcompress.gradients.weights import Weights, float32
 
 _GATHERS = (
     "the optimizer gathers several steps into one update, which is not of the last gradient alone; "

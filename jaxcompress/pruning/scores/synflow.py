@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.errors import SpecError
+from jaxcompress.gradients.batches import hashable
+from jaxcompress.gradients.weights import Weights, float32
 from jaxcompress.numerics import unit_scale
 from jaxcompress.pruning.masks import count_kept
-from jaxcompress.pruning.scores.batches import hashable
 from jaxcompress.pruning.scores.iterated import ScoredMasks, rounds_of
-from jaxcompress.pruning.scores.weights import Weights, float32
 from jaxcompress.rules import KernelAxes
 
 

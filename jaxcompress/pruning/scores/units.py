@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.errors import RuleError, SpecError
+from jaxcompress.gradients.weights import Weights, float32
 from jaxcompress.pruning.patterns import is_n_of_m, lay
-from jaxcompress.pruning.scores.weights import Weights, float32
 from jaxcompress.rules import KernelAxes, match
 
 # The size of a unit along each of the last axes of a weight; None: weights count one by one.

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from jaxcompress import compat
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.scores.weights import Weights, float32
+from jaxcompress.gradients.weights import Weights, float32
 
 # What is summed: of (loss of a list of values and the arguments of a batch), the weights, the
 # arguments, and what else the step is given, one float32 array for each value.

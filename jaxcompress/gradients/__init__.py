@@ -1,0 +1,1 @@
+"""What scores and sensitivities share: sums of gradients and curvatures over batches."""
