@@ -98,7 +98,8 @@ class Spec:
         for name in leaf.inner:
             child = getattr(leaf, name)
             path = f"{context.path}.{name}"
-            axes = child_axes(leaf, name, child)
+            same = name in getattr(leaf, "grids", ())
+            axes = context.axes if same else child_axes(leaf, name, child)
             changes[name] = self(child, LeafContext(path, axes, context.key))
         return leaf.replace(**changes)
 
