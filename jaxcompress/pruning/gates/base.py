@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.base import CompressedArray, narrows
+from jaxcompress.arrays.noisy import NoisyArray
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.patterns import Pattern, lay
 from jaxcompress.pruning.penalties import unit_sizes
@@ -18,7 +19,7 @@ from jaxcompress.rules import KernelAxes
 from jaxcompress.specs import LeafContext
 
 
-class GateArray(CompressedArray):
+class GateArray(NoisyArray):
     """A weight behind gates: dense while it is trained, sparse when it is finalized.
 
     A subclass registers its children with `register_array`, `weight` among them, and the static

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.base import CompressedArray, is_compressed, materialize
+from jaxcompress.arrays.noisy import NoisyArray
 from jaxcompress.errors import CompressError
 from jaxcompress.pruning.gates.base import GateArray
 from jaxcompress.pruning.gates.gaussian import GaussianArray
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # rich is imported when a table is drawn, not with the packag
 
 
 def sample(tree: Any, key: jax.Array) -> Any:
-    """Draws the noise of one training step into every gate that has any.
+    """Draws the noise of one training step into every gate, or other leaf, that has any.
 
     `compressed(fn)(sample(params, key), x)` is then the sampled forward pass, differentiable with
     respect to what is trained; `params` themselves stay without noise, and so deterministic.
@@ -31,10 +32,10 @@ def sample(tree: Any, key: jax.Array) -> Any:
 
     Args:
       tree: any tree; leaves without noise are returned as they are.
-      key: a random key; each gate gets one of its own.
+      key: a random key; each leaf that draws gets one of its own.
 
     Returns:
-      The same tree with noise in its gates.
+      The same tree with noise in it.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
@@ -49,12 +50,12 @@ def sample(tree: Any, key: jax.Array) -> Any:
     """
     count = 0
 
-    def draw(leaf: GateArray) -> GateArray:
+    def draw(leaf: NoisyArray) -> NoisyArray:
         nonlocal count
         count += 1
         return leaf.drawn(jax.random.fold_in(key, count))
 
-    return jax.tree.map(lambda x: _map_gates(draw, x), tree, is_leaf=is_compressed)
+    return jax.tree.map(lambda x: _map_noisy(draw, x), tree, is_leaf=is_compressed)
 
 
 def quiet(tree: Any) -> Any:
@@ -67,18 +68,18 @@ def quiet(tree: Any) -> Any:
       >>> drawn["w"].noise.shape, quiet(drawn)["w"].noise
       ((2,), None)
     """
-    off: Callable[[GateArray], GateArray] = lambda leaf: leaf.quiet()
-    return jax.tree.map(lambda x: _map_gates(off, x), tree, is_leaf=is_compressed)
+    off: Callable[[NoisyArray], NoisyArray] = lambda leaf: leaf.quiet()
+    return jax.tree.map(lambda x: _map_noisy(off, x), tree, is_leaf=is_compressed)
 
 
-def _map_gates(fn: Callable[[GateArray], GateArray], x: Any) -> Any:
-    """A leaf with `fn` applied to it if it is a gate, else to the gates inside."""
-    if isinstance(x, GateArray):
+def _map_noisy(fn: Callable[[NoisyArray], NoisyArray], x: Any) -> Any:
+    """A leaf with `fn` applied to it if it draws, else to the leaves inside."""
+    if isinstance(x, NoisyArray):
         return fn(x)
     if not isinstance(x, CompressedArray):
         return x
     inner = {name: getattr(x, name) for name in x.children}
-    return x.replace(**{name: _map_gates(fn, child) for name, child in inner.items()})
+    return x.replace(**{name: _map_noisy(fn, child) for name, child in inner.items()})
 
 
 def _gates(tree: Any) -> Iterator[tuple[str, GateArray]]:

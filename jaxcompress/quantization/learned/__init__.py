@@ -1,0 +1,55 @@
+"""Trained quantized weights: dense while they are trained, and what they will be where used.
+
+Put them in with `jaxcompress.compress`, train them under `jaxcompress.compressed` with any
+optimizer, and `jaxcompress.finalize` stores them, with the same values bit for bit.
+"""
+
+from jaxcompress.quantization.learned.base import LearnedArray
+from jaxcompress.quantization.learned.binary import (
+    XNOR,
+    BinaryArray,
+    BinaryConnect,
+    LossAwareBinary,
+    set_curvature,
+)
+from jaxcompress.quantization.learned.dsq import DSQ, DSQArray
+from jaxcompress.quantization.learned.fixed import WRPN, DoReFa, DoReFaArray, WRPNArray
+from jaxcompress.quantization.learned.inq import INQ, INQArray, quantize_more
+from jaxcompress.quantization.learned.lsq import LSQ, LSQArray, LSQPlus, LSQPlusArray
+from jaxcompress.quantization.learned.multibit import MultiBit, MultiBitArray
+from jaxcompress.quantization.learned.noise import QuantNoise, QuantNoiseArray
+from jaxcompress.quantization.learned.qil import QIL, QILArray
+from jaxcompress.quantization.learned.ternary import TTQ, TWN, BitNet, TernaryArray, TTQArray
+
+__all__ = [
+    "DSQ",
+    "INQ",
+    "LSQ",
+    "QIL",
+    "TTQ",
+    "TWN",
+    "WRPN",
+    "XNOR",
+    "BinaryArray",
+    "BinaryConnect",
+    "BitNet",
+    "DSQArray",
+    "DoReFa",
+    "DoReFaArray",
+    "INQArray",
+    "LSQArray",
+    "LSQPlus",
+    "LSQPlusArray",
+    "LearnedArray",
+    "LossAwareBinary",
+    "MultiBit",
+    "MultiBitArray",
+    "QILArray",
+    "QuantNoise",
+    "QuantNoiseArray",
+    "TTQArray",
+    "TernaryArray",
+    "WRPNArray",
+    "quantize_more",
+    "set_curvature",
+]
