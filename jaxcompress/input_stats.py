@@ -33,6 +33,9 @@ class InputStats(NamedTuple):
       abs_max: the largest `|x|`, float32 `[..., K]`.
       histogram: how many values have a magnitude within each of the `histogram_edges`, int64
         `[..., 2048]`.
+      minimum: the least x, or 0 if none is below, float32 `[..., K]`.
+      maximum: the greatest x, or 0 if none is above, float32 `[..., K]`.
+      mean: the mean of x, float32 `[..., K]`.
     """
 
     count: Any
@@ -41,6 +44,9 @@ class InputStats(NamedTuple):
     abs_mean: Any = None
     abs_max: Any = None
     histogram: Any = None
+    minimum: Any = None
+    maximum: Any = None
+    mean: Any = None
 
 
 def histogram_edges() -> np.ndarray:
@@ -88,12 +94,17 @@ _OF_ROWS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "abs_mean": lambda x: _sum(jnp.abs(x.astype(jnp.float32))),
     "abs_max": lambda x: jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-2, initial=0.0),
     "histogram": _histogram,
+    "minimum": lambda x: jnp.min(x.astype(jnp.float32), axis=-2, initial=0.0),
+    "maximum": lambda x: jnp.max(x.astype(jnp.float32), axis=-2, initial=0.0),
+    "mean": lambda x: _sum(x.astype(jnp.float32)),
 }
+# How statistics of two batches become those of both, where they are not summed.
+_MERGED = {"abs_max": jnp.maximum, "maximum": jnp.maximum, "minimum": jnp.minimum}
 NAMES = tuple(_OF_ROWS)
 
 
 def of_rows(x: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
-    """Sums (of `abs_max`: maxima) over the inputs `[..., rows, K]`, and how many rows there are."""
+    """Sums (or maxima, minima) over the inputs `[..., rows, K]`, and how many rows there are."""
     x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
     count = jnp.full(x.shape[:-2], x.shape[-2], jnp.int32)
     return {"count": count, **{name: _OF_ROWS[name](x) for name in names}}
@@ -109,8 +120,10 @@ def of_look_ups(rows: jax.Array, size: int, names: tuple[str, ...]) -> dict[str,
     seen = jnp.zeros(size, jnp.float32).at[places].add(1, mode="drop")
     out = {"count": jnp.asarray(rows.size, jnp.int32)}
     for name in names:
-        if name == "abs_max":
+        if name in ("abs_max", "maximum"):
             out[name] = jnp.minimum(seen, 1)
+        elif name == "minimum":
+            out[name] = jnp.zeros_like(seen)
         elif name == "histogram":
             ones = jnp.sum(places < size, dtype=jnp.int32)
             out[name] = jnp.zeros(BINS, jnp.int32).at[127 * 8].set(ones)
@@ -121,14 +134,14 @@ def of_look_ups(rows: jax.Array, size: int, names: tuple[str, ...]) -> dict[str,
 
 def merge(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The statistics of both."""
-    return {n: jnp.maximum(a[n], b[n]) if n == "abs_max" else a[n] + b[n] for n in a}
+    return {n: _MERGED.get(n, jnp.add)(a[n], b[n]) for n in a}
 
 
 def finished(sums: Mapping[str, Any], size: int) -> InputStats:
     """Means from sums over inputs of `size` values; counts are numpy's, in 64 bits."""
     fields = dict(sums)
     count = fields["count"]
-    for name in ("second_moment", "abs_mean"):
+    for name in ("second_moment", "abs_mean", "mean"):
         if name in fields:
             fields[name] = fields[name] / jnp.asarray(count[..., None], jnp.float32)
     if "histogram" in fields:
@@ -140,6 +153,6 @@ def finished(sums: Mapping[str, Any], size: int) -> InputStats:
 
 def all_finite(stats: InputStats) -> bool:
     """Whether no input was NaN or infinite, as far as the statistics show."""
-    floats = (stats.gram, stats.second_moment, stats.abs_mean, stats.abs_max)
+    floats = (*stats[1:5], stats.minimum, stats.maximum, stats.mean)
     finite = all(bool(jnp.all(jnp.isfinite(x))) for x in floats if x is not None)
     return finite and not (stats.histogram is not None and np.any(stats.histogram[..., 255 * 8 :]))

@@ -10,7 +10,7 @@ would have written by hand.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -19,11 +19,14 @@ from jax import lax
 
 from jaxcompress import compat
 from jaxcompress.arrays.base import is_compressed, materialize, try_rules
+from jaxcompress.errors import SpecError
+from jaxcompress.rules import default_axes, flatten, match
+from jaxcompress.specs import LeafContext, Spec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compressed(fn: F) -> F:
+def compressed(fn: F, *, activations: Mapping[str, Spec | None] | None = None) -> F:
     """Makes `fn` accept compressed leaves wherever it accepts arrays.
 
     The value and the gradient equal those of `fn` on the decompressed tree. Under `jit`, a
@@ -37,9 +40,15 @@ def compressed(fn: F) -> F:
 
     Args:
       fn: a function of pytrees, such as a Linen module's `apply` or a loss.
+      activations: rules for the leaves of the first argument, such as
+        `{"**/kernel": QuantizeInput("int8")}`: what each of these weights meets is quantized.
 
     Returns:
       A function of the same arguments and results.
+
+    Raises:
+      RuleError: when the result is called, for a rule of `activations` that matches nothing.
+      SpecError: likewise, where a spec does not fit its leaf.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
@@ -50,7 +59,30 @@ def compressed(fn: F) -> F:
       >>> y.shape, bool(jnp.allclose(y, 64.0, rtol=1e-5))
       ((1, 32), True)
     """
-    return walked(fn, Control())
+    run = walked(fn, Control())
+    if not activations:
+        return run
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not args:
+            raise SpecError("activations are those of the first argument: give it by position")
+        return run(_with_inputs(args[0], activations), *args[1:], **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _with_inputs(tree: Any, rules: Mapping[str, Spec | None]) -> Any:
+    """A tree with the specs of some rules around its leaves."""
+    leaves, structure = flatten(tree)
+    hits = match(rules, [path for path, _ in leaves])
+    out = []
+    for (path, leaf), hit in zip(leaves, hits):
+        if hit is not None and hit[1] is not None:
+            leaf = leaf if is_compressed(leaf) else jnp.asarray(leaf)
+            leaf = hit[1](leaf, LeafContext(path, default_axes(path, leaf.ndim)))
+        out.append(leaf)
+    return jax.tree.unflatten(structure, out)
 
 
 class Control:

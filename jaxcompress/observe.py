@@ -53,7 +53,8 @@ def observe(
       params: its first argument, dense or compressed.
       batches: what to run it on: `fn(params, *batch)` for a tuple, `fn(params, batch)` for
         anything else. Batches of other shapes are traced anew.
-      stats: of `gram`, `second_moment`, `abs_mean`, `abs_max`, `histogram`; see `InputStats`.
+      stats: of `gram`, `second_moment`, `abs_mean`, `abs_max`, `histogram`, `minimum`, `maximum`,
+        `mean`; see `InputStats`.
       leaves: globs of the leaves to observe, each of which must meet a contraction; None: all
         leaves that do.
       progress: show a progress bar on standard error.

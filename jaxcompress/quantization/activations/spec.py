@@ -1,0 +1,354 @@
+"""`QuantizeInput`, `PACT`, `LSQInput`, `DoReFaInput`: specs that go around a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays import affine
+from jaxcompress.arrays.base import CompressedArray, is_compressed
+from jaxcompress.arrays.learned_input import LearnedInputArray, UnitInputArray
+from jaxcompress.arrays.quantized_input import InputArray, QuantizedInputArray, inside_of
+from jaxcompress.arrays.scaled import ScaledArray
+from jaxcompress.errors import SpecError
+from jaxcompress.input_stats import InputStats
+from jaxcompress.quantization.activations.ranges import entropy_range, mse_range, percentile_range
+from jaxcompress.rules import default_axes
+from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
+
+ESTIMATORS = ("max", "percentile", "mse", "entropy")
+
+
+class InputSpec(Spec):
+    """A spec that goes around a weight, compressed or not, and inside what scales its inputs."""
+
+    format: str
+
+    def around(self, weight: Any, context: LeafContext) -> CompressedArray:
+        """The leaf of one weight."""
+        raise NotImplementedError
+
+    def plan(self, leaf: jax.Array, context: LeafContext) -> Plan:
+        """The leaf around no weight yet."""
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return _AroundPlan(self, dataclasses.replace(context, key=None), shape)
+
+    def __call__(self, leaf: Any, context: LeafContext | None = None) -> Any:
+        """Puts an array or a leaf into a leaf that rounds its input."""
+        if context is None:
+            context = LeafContext("leaf", default_axes("leaf", leaf.ndim))
+        if isinstance(leaf, InputArray):
+            raise SpecError(
+                f"{context.path}: the inputs of {leaf!r} are rounded already; write one of the two"
+            )
+        if inside_of(leaf):
+            inner = dataclasses.replace(context, stats=_inner_stats(leaf, context.stats))
+            return leaf.replace(weight=self(leaf.weight, inner))
+        if leaf.ndim < 2:
+            raise SpecError(
+                f"{context.path}: shape {tuple(leaf.shape)} has no contracted inputs to round; "
+                "leave it out of the rules"
+            )
+        return self.around(leaf if is_compressed(leaf) else jnp.asarray(leaf), context)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _AroundPlan(Plan):
+    spec: InputSpec
+    context: LeafContext
+    shape: jax.ShapeDtypeStruct
+
+    def apply(self, leaf: jax.Array, key: jax.Array | None) -> CompressedArray:
+        return self.spec.around(leaf, self.context)
+
+
+def _inner_stats(leaf: Any, stats: InputStats | None) -> InputStats | None:
+    """Statistics of what reaches the weight inside: known for largest values that are scaled."""
+    if stats is None or not isinstance(leaf, ScaledArray):
+        return None
+    lead = np.shape(stats.count)
+    scale = np.asarray(leaf.scale, np.float32)
+    known = (stats.abs_max, stats.minimum, stats.maximum)
+    sizes = {np.shape(x) for x in known if x is not None}
+    if sizes != {(*lead, scale.size // max(1, math.prod(lead)))}:
+        return None
+    low, high = (None if x is None else np.asarray(x) * scale.reshape(x.shape) for x in known[1:])
+    largest = None
+    if known[0] is not None:
+        largest = np.asarray(known[0]) * np.abs(scale).reshape(known[0].shape)
+    return InputStats(stats.count, abs_max=largest, minimum=low, maximum=high)
+
+
+@register_spec("quantize_input")
+@dataclasses.dataclass(frozen=True, repr=False)
+class QuantizeInput(InputSpec):
+    """Rounds what a weight meets to integers, at run time: the A8 of W8A8.
+
+    It goes around the weight, after whatever made that small:
+    `chain(Quantize("int8"), QuantizeInput("int8"))`, or on its own on a tree that is compressed
+    already, or, without a change of the tree, `compressed(fn, activations=rules)`. Int8 codes of
+    a weight with one symmetric scale for each output then meet int8 codes, summed in int32; see
+    `QuantizedInputArray` for the formulas, also of the gradient.
+
+    Args:
+      format: `int2` .. `int8` or `uint2` .. `uint8`.
+      per: `token`: a scale for each place of the axes that are not contracted, in a convolution for
+        each example; `tensor`: one for all.
+      range: `dynamic`: that of each input, when it comes; `static`: that of the inputs seen by
+        `observe`, given as `compress(..., stats=)`, one for all tokens.
+      symmetric: whether zero is the middle of the range; False adds a zero point.
+      estimator: of a static range: `max` (`abs_max`; without symmetry `minimum` and `maximum`),
+        or from a `histogram`, symmetric only: `percentile`, `mse`, `entropy`.
+      percentile: for that estimator.
+
+    Raises:
+      SpecError: for an unknown format, granularity, range or estimator, a static range per token,
+        statistics that are missing or not finite, or a leaf without inputs.
+
+    References:
+      Jacob et al., *Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference*, 2018; Yao et al., *ZeroQuant: Efficient and Affordable
+      Post-Training Quantization for Large-Scale Transformers*, 2022.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> params = {"kernel": jnp.eye(4)}
+      >>> small = jc.compress(
+      ...     params, {"kernel": jc.chain(jc.Quantize("int8"), QuantizeInput("int8"))})
+      >>> small
+      {'kernel': QuantizedInputArray(float32[4, 4], int8, input int8 per token)}
+      >>> run = lambda params, x: x @ params["kernel"]
+      >>> x = jnp.array([[12.7, 0.04, 0.06, 1.0]])
+      >>> [round(float(y), 2) for y in jc.compressed(run)(small, x)[0]]
+      [12.7, 0.0, 0.1, 1.0]
+      >>> jc.compressed(run, activations={"kernel": QuantizeInput("int8")})(params, x)[0, 1]
+      Array(0., dtype=float32)
+    """
+
+    format: str = "int8"
+    _: dataclasses.KW_ONLY
+    per: str = "token"
+    range: str = "dynamic"
+    symmetric: bool = True
+    estimator: str = "max"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        signed = _integer(self.format).signed
+        if self.per not in ("token", "tensor"):
+            raise SpecError(f"per={self.per!r}: write 'token' or 'tensor'")
+        if self.range not in ("dynamic", "static"):
+            raise SpecError(f"range={self.range!r}: write 'dynamic' or 'static'")
+        if self.estimator not in ESTIMATORS:
+            raise SpecError(f"estimator={self.estimator!r}: write one of {', '.join(ESTIMATORS)}")
+        if self.symmetric and not signed:
+            raise SpecError(
+                f"QuantizeInput({self.format!r}) has no negative codes: write symmetric=False, "
+                f"or {self.format[1:]!r}"
+            )
+        if self.range == "static" and self.per == "token":
+            raise SpecError("a static range is one for all tokens: write per='tensor'")
+        if self.estimator != "max" and not (self.range == "static" and self.symmetric):
+            raise SpecError(
+                f"estimator={self.estimator!r} is of static symmetric ranges: write "
+                "range='static', or estimator='max'"
+            )
+
+    def around(self, weight: Any, context: LeafContext) -> CompressedArray:
+        scale = zero = None
+        if self.range == "static":
+            scale, zero = self._static(weight, context)
+        return QuantizedInputArray(weight, scale, zero, self.format, self.per, self.symmetric)
+
+    def _static(self, weight: Any, context: LeafContext) -> tuple[jax.Array, jax.Array | None]:
+        low, high = self._range(context)
+        lead = weight.shape[: context.axes.batch_ndim(weight.ndim)]
+        if low.shape != lead:  # the groups of a convolution share a scale
+            low, high = np.min(low, keepdims=False), np.max(high, keepdims=False)
+            lead = ()
+        shape = (*lead, *(1,) * (weight.ndim - len(lead)))
+        # The range as a weight of two values, so that its scale is the one of `Quantize`.
+        ends = jnp.asarray(np.stack([low, high], -1), jnp.float32)
+        scale, zero = affine.affine_params(
+            ends, self.format, axes=-1, symmetric=self.symmetric, scale_dtype=jnp.float32
+        )
+        return scale.reshape(shape), None if zero is None else zero.reshape(shape)
+
+    def _range(self, context: LeafContext) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the greatest input, one of each for each weight of a stack."""
+        if self.estimator != "max":
+            counts = self._stat(context, "histogram")
+            estimate = {
+                "percentile": lambda: percentile_range(counts, self.percentile),
+                "mse": lambda: mse_range(counts, self.format),
+                "entropy": lambda: entropy_range(counts, self.format),
+            }
+            high = estimate[self.estimator]()
+            low = -high
+        elif self.symmetric:
+            high = np.max(np.asarray(self._stat(context, "abs_max")), axis=-1)
+            low = -high
+        else:
+            low = np.min(np.asarray(self._stat(context, "minimum")), axis=-1)
+            high = np.max(np.asarray(self._stat(context, "maximum")), axis=-1)
+        if not (np.all(np.isfinite(low)) and np.all(np.isfinite(high))):
+            raise SpecError(
+                f"{context.path}: the range of its inputs is not finite; mend the statistics"
+            )
+        return low, high
+
+    def _stat(self, context: LeafContext, name: str) -> Any:
+        found = None if context.stats is None else getattr(context.stats, name)
+        if found is None:
+            raise SpecError(
+                f"{context.path}: a static range needs the {name!r} of its inputs: give "
+                f"compress(..., stats=observe(fn, params, batches, ({name!r},))), or write "
+                "range='dynamic'"
+            )
+        return found
+
+
+def _integer(format: Any) -> affine.IntFormat:
+    if not isinstance(format, str) or not format.lstrip("u").startswith("int"):
+        raise SpecError(f"format={format!r}: write int2 to int8 or uint2 to uint8")
+    return affine.int_format(format)
+
+
+@register_spec("pact")
+@dataclasses.dataclass(frozen=True, repr=False)
+class PACT(InputSpec):
+    """Inputs clipped to [0, alpha] and rounded to unsigned codes, with alpha trained.
+
+    For inputs that are never negative, as after a ReLU. The paper adds an L2 penalty on alpha; here
+    that is the weight decay of the optimizer. See `LearnedInputArray` for the gradients.
+
+    Args:
+      format: `uint2` .. `uint8`.
+      alpha: the clipping level at first.
+
+    Raises:
+      SpecError: for another format, or an alpha that is not positive.
+
+    References:
+      Choi et al., *PACT: Parameterized Clipping Activation for Quantized Neural Networks*, 2018.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> leaf = jc.chain(jc.FakeQuantize("int8"), PACT("uint4"))(jnp.ones((8, 4)))
+      >>> leaf, leaf.finalize()
+      (LearnedInputArray(float32[8, 4], fake int8, input pact uint4), \
+QuantizedInputArray(float32[8, 4], int8, input uint4 affine static))
+    """
+
+    format: str = "uint8"
+    _: dataclasses.KW_ONLY
+    alpha: float = 6.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _unsigned(self.format, "PACT")
+        if not 0 < self.alpha < math.inf:
+            raise SpecError(f"alpha={self.alpha!r}: write a positive number")
+
+    def around(self, weight: Any, context: LeafContext) -> CompressedArray:
+        return LearnedInputArray(weight, _bound(weight, self.alpha, context), self.format, "pact")
+
+
+@register_spec("lsq_input")
+@dataclasses.dataclass(frozen=True, repr=False)
+class LSQInput(InputSpec):
+    """Inputs on a grid whose step is trained; see `LearnedInputArray` for the gradients.
+
+    At first `s = 2 mean|x| / sqrt(qmax)`, with the `abs_mean` of `observe`; without statistics it
+    is `step`.
+
+    Args:
+      format: `int2` .. `int8` or, for inputs that are never negative, `uint2` .. `uint8`.
+      step: s at first, where there are no statistics; None asks for statistics.
+
+    Raises:
+      SpecError: for an unknown format, a step that is not positive, or no statistics and no step.
+
+    References:
+      Esser et al., *Learned Step Size Quantization*, 2020.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> LSQInput("int4", step=0.5)(jnp.ones((8, 4))).bound.tolist()
+      [[0.5]]
+    """
+
+    format: str = "int8"
+    _: dataclasses.KW_ONLY
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _integer(self.format)
+        if self.step is not None and not 0 < self.step < math.inf:
+            raise SpecError(f"step={self.step!r}: write a positive number")
+
+    def around(self, weight: Any, context: LeafContext) -> CompressedArray:
+        step: Any = self.step
+        if context.stats is not None and context.stats.abs_mean is not None:
+            mean = np.mean(np.asarray(context.stats.abs_mean, np.float64), axis=-1)
+            step = 2 * mean / np.sqrt(_integer(self.format).qmax)
+        if step is None:
+            raise SpecError(
+                f"{context.path}: give compress(..., stats=observe(fn, params, batches, "
+                "('abs_mean',))), or LSQInput(step=...)"
+            )
+        return LearnedInputArray(weight, _bound(weight, step, context), self.format, "lsq")
+
+
+@register_spec("dorefa_input")
+@dataclasses.dataclass(frozen=True, repr=False)
+class DoReFaInput(InputSpec):
+    """Inputs clipped to [0, 1] and rounded to `2**k` levels; see `UnitInputArray`.
+
+    Args:
+      format: `uint2` .. `uint8`.
+
+    Raises:
+      SpecError: for another format.
+
+    References:
+      Zhou et al., *DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low
+      Bitwidth Gradients*, 2016.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> DoReFaInput("uint4")(jnp.ones((8, 4)))
+      UnitInputArray(float32[8, 4], dense, input in [0, 1] uint4)
+    """
+
+    format: str = "uint8"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _unsigned(self.format, "DoReFaInput")
+
+    def around(self, weight: Any, context: LeafContext) -> CompressedArray:
+        return UnitInputArray(weight, self.format)
+
+
+def _unsigned(format: Any, name: str) -> None:
+    if _integer(format).signed:
+        raise SpecError(f"{name}({format!r}): its codes are unsigned; write 'u{format}'")
+
+
+def _bound(weight: Any, value: Any, context: LeafContext) -> jax.Array:
+    """A trained bound, with one entry for each weight of a stack."""
+    lead = weight.shape[: context.axes.batch_ndim(weight.ndim)]
+    value = np.asarray(value, np.float32)
+    if value.shape not in ((), lead):
+        value = np.mean(value)  # of the groups of a convolution
+    shape = (*lead, *(1,) * (weight.ndim - len(lead)))
+    full = np.broadcast_to(value.reshape((*value.shape, *(1,) * (len(shape) - value.ndim))), shape)
+    return jnp.asarray(full)
