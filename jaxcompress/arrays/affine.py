@@ -14,71 +14,36 @@ Quantization" (2021).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from jaxcompress.arrays.formats import Format, IntFormat, code_format, int_format, round_codes
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import divide, rounded
 
-CONVENTIONS = ("absmax", "full", "no_clip")
+CONVENTIONS = ("absmax", "full", "no_clip", "power_of_two")
 
-
-class IntFormat(NamedTuple):
-    """An integer format of `bits` bits.
-
-    Examples:
-      >>> IntFormat(4, True).qmin, IntFormat(4, True).qmax, str(IntFormat(8, False))
-      (-8, 7, 'uint8')
-    """
-
-    bits: int
-    signed: bool
-
-    @property
-    def qmin(self) -> int:
-        """The least code."""
-        return -(2 ** (self.bits - 1)) if self.signed else 0
-
-    @property
-    def qmax(self) -> int:
-        """The greatest code."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype that holds unpacked codes: int8 or uint8."""
-        return np.dtype(np.int8 if self.signed else np.uint8)
-
-    def __str__(self) -> str:
-        return f"{'' if self.signed else 'u'}int{self.bits}"
-
-
-def int_format(name: str | IntFormat) -> IntFormat:
-    """The format of a name: `int2` to `int8`, `uint2` to `uint8`.
-
-    Raises:
-      SpecError: for any other name.
-
-    Examples:
-      >>> int_format("int4")
-      IntFormat(bits=4, signed=True)
-    """
-    if isinstance(name, IntFormat):
-        return name
-    match = re.fullmatch(r"(u?)int([2-8])", name)
-    if match is None:
-        raise SpecError(f"unknown format {name!r}: write int2 to int8 or uint2 to uint8")
-    return IntFormat(int(match[2]), not match[1])
+__all__ = [
+    "CONVENTIONS",
+    "IntFormat",
+    "affine_params",
+    "dequantize",
+    "in_range",
+    "int_format",
+    "quantize",
+    "spread",
+]
 
 
 def affine_params(
     w: jax.Array,
-    format: str | IntFormat,
+    format: str | Format,
     *,
     axes: int | Sequence[int],
     group_size: int | None = None,
@@ -88,11 +53,15 @@ def affine_params(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The scale and zero point of each channel or group.
 
-    With `a = max|w|`, `lo = min(w, 0)`, `hi = max(w, 0)` over what shares a scale, and b bits:
+    For formats other than integers `s = a / extent`, or `power_of_two`; for fixed-point numbers
+    `s = 2**-fraction`. For integers, with `a = max|w|`, `lo = min(w, 0)`, `hi = max(w, 0)` over
+    what shares a scale, and b bits:
 
     - symmetric `absmax`: `s = a / (2**(b-1) - 1)`, codes within `+-(2**(b-1) - 1)`;
     - symmetric `full`: `s = a / ((2**b - 1) / 2)`, all codes (compressed-tensors, torchao);
     - symmetric `no_clip`: `s = max(-lo / 2**(b-1), hi / (2**(b-1) - 1))`, all codes, no clipping;
+    - symmetric `power_of_two`: `s = 2**(floor(log2 a) - e)` with e of the format's largest value
+      `2**e` or more but less than twice that (Microscaling Formats), all codes;
     - affine: `s = (hi - lo) / (2**b - 1)`, `z = round(clip(qmin - lo / s, qmin, qmax))`.
 
     Args:
@@ -122,40 +91,95 @@ def affine_params(
       >>> float(scale[0, 0])
       1.0
     """
-    fmt = int_format(format)
+    axes = check(format, axes, w.ndim, symmetric, convention)
+    lo, hi = least_and_greatest(w, axes, group_size)
+    return params_of_range(
+        lo,
+        hi,
+        format,
+        w.dtype,
+        symmetric=symmetric,
+        convention=convention,
+        store=lambda scale, limit: stored(scale, scale_dtype, limit),
+    )
+
+
+def check(
+    format: str | Format, axes: int | Sequence[int], ndim: int, symmetric: bool, convention: str
+) -> tuple[int, ...]:
+    """Refuses what does not go together; the axes as a tuple."""
+    fmt = code_format(format)
     if convention not in CONVENTIONS:
         raise SpecError(f"unknown convention {convention!r}: write one of {CONVENTIONS}")
     if symmetric and not fmt.signed:
         raise SpecError(f"{fmt} cannot be symmetric: write int{fmt.bits} or symmetric=False")
-    axes = _axes(axes, w.ndim)
-    lo, hi = _range(w, axes) if group_size is None else _group_range(w, axes[-1], group_size)
+    if symmetric and isinstance(fmt, IntFormat) and fmt.qmax == 0:
+        raise SpecError(f"{fmt} has no positive code: write binary, or symmetric=False")
+    if not symmetric and not (isinstance(fmt, IntFormat) and fmt.fraction is None):
+        raise SpecError(f"{fmt} has no zero points: write symmetric=True")
+    return _axes(axes, ndim)
+
+
+def params_of_range(
+    lo: jax.Array,
+    hi: jax.Array,
+    format: str | Format,
+    dtype: Any,
+    *,
+    symmetric: bool,
+    convention: str,
+    store: Callable[[jax.Array, Any], jax.Array],
+) -> tuple[Any, jax.Array | None]:
+    """`affine_params` of ranges `lo <= 0 <= hi`, float32, of weights of a dtype.
+
+    Args:
+      lo: the least value of what shares a scale.
+      hi: the greatest.
+      format: such as `"int4"`.
+      dtype: of the weights.
+      symmetric: as in `affine_params`.
+      convention: as in `affine_params`.
+      store: what makes of scales, float32, and their upper limits the scales that are stored.
+    """
+    fmt = code_format(format)
     levels = 2**fmt.bits - 1
-    largest = float(jnp.finfo(w.dtype).max)
+    largest = float(jnp.finfo(dtype).max)
+    if isinstance(fmt, IntFormat) and fmt.fraction is not None:
+        return store(jnp.full(lo.shape, 2.0**-fmt.fraction, jnp.float32), math.inf), None
     if not symmetric:
+        assert isinstance(fmt, IntFormat)
         # Halved, for the difference of the largest floats is none; the bits are the same.
         wanted = 2 * divide(hi / 2 - lo / 2, levels)
-        scale = _store(wanted, scale_dtype)
+        scale = _values(store(wanted, None))
         zero = fmt.qmin - divide(lo, scale.astype(jnp.float32))
         zero = jnp.round(jnp.clip(zero, fmt.qmin, fmt.qmax))
         limit = largest / jnp.maximum(fmt.qmax - zero, zero - fmt.qmin)
-        return _store(wanted, scale_dtype, limit), zero.astype(fmt.dtype)
-    if convention == "no_clip":
+        return store(wanted, limit), zero.astype(fmt.dtype)
+    top = fmt.qmax if isinstance(fmt, IntFormat) else fmt.extent
+    if convention == "power_of_two":
+        # The largest value falls into the highest binade of the format, and may be clipped there.
+        highest = math.floor(math.log2(top))
+        scale = _binade(jnp.maximum(-lo, hi)) * 2.0**-highest
+    elif convention == "no_clip" and isinstance(fmt, IntFormat):
         scale = jnp.maximum(divide(-lo, -fmt.qmin), divide(hi, fmt.qmax))
+    elif convention == "full" and isinstance(fmt, IntFormat):
+        scale = divide(jnp.maximum(-lo, hi), levels / 2)
     else:
-        scale = divide(jnp.maximum(-lo, hi), levels / 2 if convention == "full" else fmt.qmax)
-    codes = fmt.qmax if convention == "absmax" else -fmt.qmin
-    return _store(scale, scale_dtype, largest / codes), None
+        scale = divide(jnp.maximum(-lo, hi), top)
+    codes = top if convention == "absmax" else fmt.extent
+    return store(scale, largest / codes), None
 
 
 def quantize(
     w: jax.Array,
     scale: jax.Array,
     zero_point: jax.Array | None,
-    format: str | IntFormat,
+    format: str | Format,
     *,
     axes: int | Sequence[int],
     group_size: int | None = None,
     narrow: bool = False,
+    noise: jax.Array | None = None,
 ) -> jax.Array:
     """The codes `clip(round(w / scale) + zero_point, qmin, qmax)`, halves rounded to even.
 
@@ -167,6 +191,8 @@ def quantize(
       axes: as in `affine_params`; only `axes[-1]` matters, and only with groups.
       group_size: as in `affine_params`.
       narrow: whether `qmin` is left out, so that codes are within `+-qmax`, as `absmax` has them.
+      noise: None, or uniform numbers in [0, 1) in the shape of `w`, for stochastic rounding:
+        `floor(w / scale + noise)`, whose mean is `w / scale`.
 
     Returns:
       The codes, int8 or uint8, in the shape of `w`.
@@ -177,19 +203,23 @@ def quantize(
       >>> quantize(w, jnp.ones((1, 1)), None, "int4", axes=-2).tolist()
       [[7], [-3]]
     """
-    fmt, spread = int_format(format), lambda x: _spread(_once(x), w.shape, axes, group_size)
-    x, lo, hi = divide(w.astype(jnp.float32), spread(scale)), fmt.qmin + narrow, fmt.qmax
+    fmt, wide = code_format(format), lambda x: spread(_once(x), w.shape, axes, group_size)
+    x = divide(w.astype(jnp.float32), wide(_safe(scale)))
+    if not isinstance(fmt, IntFormat):
+        return fmt.encode(x, noise)
+    lo, hi = fmt.qmin + _narrow(fmt, narrow), fmt.qmax
     if zero_point is None:
-        return _round(jnp.clip(x, lo, hi)).astype(fmt.dtype)
-    zero = spread(zero_point)  # the bounds are integers: clipping before rounding is the same
-    return (_round(jnp.clip(x, lo - zero, hi - zero)) + _round(zero)).astype(fmt.dtype)
+        return round_codes(jnp.clip(x, lo, hi), noise).astype(fmt.dtype)
+    zero = wide(zero_point)  # the bounds are integers: clipping before rounding is the same
+    codes = round_codes(jnp.clip(x, lo - zero, hi - zero), noise) + round_codes(zero)
+    return codes.astype(fmt.dtype)
 
 
 def in_range(
     w: jax.Array,
     scale: jax.Array,
     zero_point: jax.Array | None,
-    format: str | IntFormat,
+    format: str | Format,
     *,
     axes: int | Sequence[int],
     group_size: int | None = None,
@@ -214,12 +244,16 @@ def in_range(
       >>> in_range(jnp.array([7.4, 7.6]), jnp.ones(1), None, "int4", axes=-1).tolist()
       [True, False]
     """
-    fmt, spread = int_format(format), lambda x: _spread(_once(x), w.shape, axes, group_size)
-    x = divide(w.astype(jnp.float32), spread(scale))
-    margin = 0.5 + (fmt.qmax - fmt.qmin) * float(jnp.finfo(scale.dtype).eps) / 2
-    lo, hi = fmt.qmin + narrow - margin, fmt.qmax + margin
+    fmt, wide = code_format(format), lambda x: spread(_once(x), w.shape, axes, group_size)
+    x, eps = divide(w.astype(jnp.float32), wide(_safe(scale))), float(jnp.finfo(scale.dtype).eps)
+    if not isinstance(fmt, IntFormat):
+        values = fmt.values()
+        half = (values[-1] - values[-2]) / 2  # as far as the outermost code is the nearest
+        return jnp.abs(x) <= fmt.extent * (1 + eps / 2) + half
+    margin = 0.5 + (fmt.qmax - fmt.qmin) * eps / 2
+    lo, hi = fmt.qmin + _narrow(fmt, narrow) - margin, fmt.qmax + margin
     if zero_point is not None:
-        x = x + spread(zero_point)
+        x = x + wide(zero_point)
     return (x >= lo) & (x <= hi)
 
 
@@ -231,6 +265,7 @@ def dequantize(
     axes: int | Sequence[int] = -1,
     group_size: int | None = None,
     dtype: Any = jnp.float32,
+    format: str | Format | None = None,
 ) -> jax.Array:
     """The values `(codes - zero_point) * scale`, in float32 and then cast to `dtype`.
 
@@ -243,6 +278,7 @@ def dequantize(
       axes: as in `quantize`.
       group_size: as in `quantize`.
       dtype: of the result.
+      format: of the codes; None: they are integers.
 
     Returns:
       An array in the shape of `codes`.
@@ -252,10 +288,10 @@ def dequantize(
       >>> dequantize(jnp.array([3, -1]), jnp.array([0.5])).tolist()
       [1.5, -0.5]
     """
-    x = codes.astype(jnp.float32)
+    x = codes.astype(jnp.float32) if format is None else code_format(format).decode(codes)
     if zero_point is not None:
-        x = x - _spread(zero_point.astype(jnp.float32), codes.shape, axes, group_size)
-    return (x * _spread(scale.astype(jnp.float32), codes.shape, axes, group_size)).astype(dtype)
+        x = x - spread(zero_point.astype(jnp.float32), codes.shape, axes, group_size)
+    return (x * spread(scale.astype(jnp.float32), codes.shape, axes, group_size)).astype(dtype)
 
 
 def _axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
@@ -269,6 +305,13 @@ def _group(group_size: int, n: int) -> int:
     if group_size <= 0:
         raise SpecError(f"a group has at least 1 value, not {group_size}")
     return max(1, min(group_size, n))
+
+
+def least_and_greatest(
+    w: jax.Array, axes: Sequence[int], group_size: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """The least and the greatest of zero and the values that share a scale, float32."""
+    return _range(w, axes) if group_size is None else _group_range(w, axes[-1], group_size)
 
 
 def _range(w: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
@@ -323,14 +366,24 @@ def _fold(lo: jax.Array, hi: jax.Array, axis: int) -> tuple[jax.Array, jax.Array
     return low, high
 
 
-def _round(x: jax.Array) -> jax.Array:
-    """`round(x)` modulo 256 as int32, halves to even, for `|x| < 2**22`.
+def _narrow(fmt: IntFormat, narrow: bool) -> bool:
+    return narrow and not fmt.narrowed and fmt.bits > 1
 
-    At `1.5 * 2**23` float32 holds just the integers, so that the addition rounds, and the low bits
-    of the sum are those of the integer. XLA's own conversion to an integer checks for NaN and
-    range, which took a quarter of the loop's time.
-    """
-    return jax.lax.bitcast_convert_type(x + jnp.float32(1.5 * 2**23), jnp.int32)
+
+def _safe(scale: jax.Array) -> jax.Array:
+    """A scale to divide by: codes under a scale of zero are of no matter, if they are no NaN."""
+    return jnp.where(scale == 0, jnp.ones_like(scale), scale)
+
+
+def _values(scale: Any) -> jax.Array:
+    return scale.materialize() if hasattr(scale, "materialize") else scale
+
+
+def _binade(x: jax.Array) -> jax.Array:
+    """The greatest power of two that is at most x, float32; zero for subnormal numbers."""
+    return lax.bitcast_convert_type(
+        lax.bitcast_convert_type(x, jnp.uint32) & 0x7F800000, jnp.float32
+    )
 
 
 def _once(x: jax.Array) -> jax.Array:
@@ -343,7 +396,7 @@ def _once(x: jax.Array) -> jax.Array:
     return x / jnp.where(jnp.isnan(x), 2.0, 1.0)
 
 
-def _store(scale: jax.Array, dtype: Any, limit: jax.Array | float | None = None) -> jax.Array:
+def stored(scale: jax.Array, dtype: Any, limit: jax.Array | float | None = None) -> jax.Array:
     """The scale in its storage dtype, such that the greatest code times it is still finite.
 
     `limit` is the largest value of the weight's dtype over the greatest code. It is lowered by one
@@ -353,11 +406,12 @@ def _store(scale: jax.Array, dtype: Any, limit: jax.Array | float | None = None)
     most: Any = float(info.max)
     if limit is not None:
         most = jnp.minimum(most, limit * (1 - float(info.eps)))
-    kept = rounded(jnp.clip(scale, float(info.smallest_normal), most), dtype)
+    least = max(float(info.smallest_normal), 2.0**-126)
+    kept = rounded(jnp.clip(scale, least, most), dtype)
     return jnp.where(scale == 0, jnp.ones_like(kept), kept)
 
 
-def _spread(
+def spread(
     x: jax.Array, shape: Sequence[int], axes: int | Sequence[int], group_size: int | None
 ) -> jax.Array:
     """`x` with one entry a group repeated along the grouped axis, ready to broadcast."""

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import affine
 from jaxcompress.arrays.base import CompressedArray, narrows, register_array
 from jaxcompress.arrays.quantized import QuantizedArray
+from jaxcompress.arrays.scheme import Scheme
 
 
 @register_array(
     "fake_quantized",
     children=("weight", "scale", "zero_point"),
     static=(
-        "axes", "group_size", "format", "symmetric", "scale_dtype", "convention", "float_dtype",
+        "axes", "group_size", "format", "symmetric", "scale_dtype", "convention", "estimator",
+        "scale_format", "scale_group_size", "float_dtype",
     ),
     trainable=("weight",),
 )  # fmt: skip
@@ -37,11 +38,15 @@ class FakeQuantizedArray(CompressedArray):
       scale: None, or a fixed scale as in `QuantizedArray`.
       zero_point: None, or fixed integer codes of the value zero.
       axes: the axes over which a scale is shared, negative.
-      group_size: values per group along `axes[-1]`, or None.
-      format: `int2` .. `int8`, `uint2` .. `uint8`.
+      group_size: values per group along `axes[-1]`, or None; see `jaxcompress.Quantize` for this
+        and all that follow.
+      format: of the codes.
       symmetric: whether zero is the middle of the range.
       scale_dtype: the dtype of a scale.
-      convention: of the symmetric scale, see `jaxcompress.Quantize`.
+      convention: of the symmetric scale.
+      estimator: of the range.
+      scale_format: of scales that are quantized themselves, or None.
+      scale_group_size: scales that share one of theirs, or None.
       float_dtype: the dtype of the dense array.
 
     References:
@@ -69,7 +74,21 @@ class FakeQuantizedArray(CompressedArray):
     symmetric: bool
     scale_dtype: np.dtype
     convention: str
+    estimator: str | None
+    scale_format: str | None
+    scale_group_size: int | None
     float_dtype: np.dtype
+
+    @classmethod
+    def of(cls, weight: Any, scheme: Scheme) -> FakeQuantizedArray:
+        """The leaf of a dense weight, whose scales follow it."""
+        settings = {f.name: getattr(scheme, f.name) for f in dataclasses.fields(scheme)}
+        return cls(weight, None, None, **settings, float_dtype=np.dtype(weight.dtype))
+
+    @property
+    def scheme(self) -> Scheme:
+        """How it is quantized."""
+        return Scheme(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Scheme)})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,52 +102,22 @@ class FakeQuantizedArray(CompressedArray):
     def batch_ndim(self) -> int:
         return max(0, self.weight.ndim + min(self.axes))
 
-    def params(self) -> tuple[jax.Array, jax.Array | None]:
+    def params(self) -> tuple[Any, Any]:
         """The scale and zero point, fixed or of the present weight."""
         if self.scale is not None:
             return self.scale, self.zero_point
-        return affine.affine_params(
-            self.weight,
-            self.format,
-            axes=self.axes,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            scale_dtype=self.scale_dtype,
-            convention=self.convention,
-        )
-
-    def codes(self, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
-        """The codes of the present weight, int8 or uint8."""
-        return self._on_grid(affine.quantize, scale, zero_point)
+        return self.scheme.scales(self.weight)
 
     def in_range(self) -> jax.Array:
         """Where the nearest code is one of the format's, so that nothing is clipped."""
-        return self._on_grid(affine.in_range, *self.params())
-
-    def _on_grid(self, fn: Callable[..., jax.Array], scale: Any, zero_point: Any) -> jax.Array:
-        """`affine.quantize` or `affine.in_range` of the weight, with the leaf's settings."""
-        return fn(
-            self.weight,
-            scale,
-            zero_point,
-            self.format,
-            axes=self.axes,
-            group_size=self.group_size,
-            narrow=self.symmetric and self.convention == "absmax",
-        )
+        return self.scheme.in_range(self.weight, *self.params())
 
     def materialize(self, key: jax.Array | None = None) -> jax.Array:
         def value(*children: Any) -> jax.Array:
             leaf = self.replace(**dict(zip(self.children, children)))
-            scale, zero_point = leaf.params()
-            return affine.dequantize(
-                leaf.codes(scale, zero_point),
-                scale,
-                zero_point,
-                axes=self.axes,
-                group_size=self.group_size,
-                dtype=self.float_dtype,
-            )
+            scale, zero = leaf.params()
+            codes = self.scheme.codes(leaf.weight, scale, zero)
+            return self.scheme.values(codes, scale, zero, self.float_dtype)
 
         # All that is traced goes in as an argument, so that this batches and differentiates.
         rounded = jax.custom_jvp(value)
@@ -143,20 +132,13 @@ class FakeQuantizedArray(CompressedArray):
         return rounded(self.weight, self.scale, self.zero_point)
 
     def finalize(self) -> QuantizedArray:
-        scale, zero_point = self.params()
-        return QuantizedArray.from_codes(
-            self.codes(scale, zero_point),
-            scale,
-            zero_point,
-            self.format,
-            self.axes[-1],
-            self.group_size,
-            self.float_dtype,
-        )
+        scale, zero = self.params()
+        codes = self.scheme.codes(self.weight, scale, zero)
+        return self.scheme.pack(codes, scale, zero, self.float_dtype)
 
     def astype(self, dtype: Any) -> CompressedArray | None:
         return self.replace(float_dtype=np.dtype(dtype)) if narrows(self.dtype, dtype) else None
 
     def describe(self) -> str:
-        group = "" if self.group_size is None else f"/{self.group_size}"
+        group = "" if self.scheme.group is None else f"/{self.scheme.group}"
         return f"fake {self.format}{group}{'' if self.symmetric else ' affine'}"

@@ -38,6 +38,8 @@ class GridArray(CompressedArray):
             child = getattr(self, name)
             if child is not None:
                 n = min(n, next((i for i in range(n) if child.shape[i] != shape[i]), n))
+            if isinstance(child, GridArray):
+                n = min(n, child.batch_ndim)
         return n
 
     def on_grids(self, fn: Callable[[Any], Any], axis: int | None = None) -> Any:
@@ -88,7 +90,9 @@ class GridArray(CompressedArray):
 
     def cuts(self, axes: Sequence[int]) -> bool:
         """Whether the leaf can be cut along all of `axes`."""
-        return self._whole_axis not in axes
+        children = (getattr(self, name) for name in self.grids)
+        inner = all(child.cuts(axes) for child in children if isinstance(child, GridArray))
+        return self._whole_axis not in axes and inner
 
 
 @register_rule(GridArray, "transpose")

@@ -49,15 +49,15 @@ roundtrip = jax.jit(
 
 
 def test_formats():
-    assert int_format("int4") == IntFormat(4, True)
-    assert int_format("uint3") == IntFormat(3, False)
-    assert int_format(IntFormat(5, True)) == IntFormat(5, True)
+    assert int_format("int4") == IntFormat.of(4, True)
+    assert int_format("uint3") == IntFormat.of(3, False)
+    assert int_format(IntFormat.of(5, True)) == IntFormat.of(5, True)
     for name in [*(f"int{b}" for b in range(2, 9)), *(f"uint{b}" for b in range(2, 9))]:
         fmt = int_format(name)
         assert str(fmt) == name
         assert fmt.qmax - fmt.qmin == 2**fmt.bits - 1
         assert np.iinfo(fmt.dtype).min <= fmt.qmin <= 0 < fmt.qmax <= np.iinfo(fmt.dtype).max
-    for name in ("int1", "int9", "float8", "INT4", "int4 ", ""):
+    for name in ("int0", "int9", "float8", "INT4", "int4 ", ""):
         with pytest.raises(SpecError):
             int_format(name)
 
@@ -74,6 +74,7 @@ def test_symmetric_scales(bits, convention):
     expected = {
         "absmax": np.abs(x).max(0) / top,
         "full": np.abs(x).max(0) / np.float32((2**bits - 1) / 2),
+        "power_of_two": 2.0 ** (np.floor(np.log2(np.abs(x).max(0))) - (bits - 2)),
         "no_clip": np.maximum(-x.min(0) / np.float32(2 ** (bits - 1)), x.max(0) / top),
     }[convention]
     assert zero is None
