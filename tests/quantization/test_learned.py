@@ -62,7 +62,7 @@ compiled = jax.jit(values)
     ("name", "dtype"),
     [
         ("lsq groups", jnp.float32), ("lsq+", jnp.bfloat16), ("dsq", jnp.float32),
-        ("ttq", jnp.bfloat16), ("xnor groups", jnp.float32), ("twn", jnp.float16),
+        ("ttq", jnp.bfloat16), ("xnor groups", jnp.float16),
         *(pytest.param(name, dtype, marks=pytest.mark.slow)
           for name in SPECS for dtype in (jnp.float32, jnp.bfloat16)),
     ],
@@ -74,16 +74,12 @@ def test_trained_and_stored_values_are_the_same_bits(name, dtype):
     assert leaf.dtype == final.dtype == w.dtype
     assert leaf.shape == final.shape == w.shape
     assert final.nbytes < 0.6 * w.nbytes
-    expected = np.asarray(final.materialize())
+    expected = np.asarray(compiled(final))
     assert np.isfinite(expected.astype(np.float32)).all()
     np.testing.assert_array_equal(compiled(leaf), expected)
     # A stack of three is three.
     one = SPECS[name](w[1])
     np.testing.assert_array_equal(compiled(one), expected[1])
-    if dtype != jnp.float16:
-        return
-    np.testing.assert_array_equal(values(leaf), expected)
-    np.testing.assert_array_equal(jax.jit(jax.vmap(values))(leaf), expected)
 
 
 @pytest.mark.slow
@@ -97,9 +93,9 @@ def test_step_by_step_and_mapped_values_are_the_same_bits(name):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("lsq+", "bitnet") else pytest.param(n, marks=pytest.mark.slow) for n in WITH_ZERO],
+    [n if n == "lsq+" else pytest.param(n, marks=pytest.mark.slow) for n in WITH_ZERO],
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.integers(0, 2**31 - 1), st.sampled_from([1e-30, 1.0, 1e30]), st.floats(0, 1),
 )  # fmt: skip
@@ -110,7 +106,7 @@ def test_zeros_stay(name, seed, size, share):
     out = np.asarray(compiled(leaf))
     assert not out[np.asarray(w) == 0].any()
     assert np.isfinite(out).all()
-    np.testing.assert_array_equal(out, leaf.finalize().materialize())
+    np.testing.assert_array_equal(out, compiled(leaf.finalize()))
 
 
 def train(params, x, y, steps, lr=0.02):
@@ -137,7 +133,7 @@ def train(params, x, y, steps, lr=0.02):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("lsq", "xnor") else pytest.param(n, marks=pytest.mark.slow) for n in SPECS],
+    [n if n == "xnor" else pytest.param(n, marks=pytest.mark.slow) for n in SPECS],
 )
 def test_training_lowers_the_loss(name):
     keys = jax.random.split(jax.random.key(3), 3)
@@ -169,7 +165,7 @@ def test_it_scans_over_a_stack(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["noise", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lsq+", "loss aware", "ttq"))],
+    ["ttq", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lsq+", "loss aware", "noise"))],
 )
 def test_it_saves_and_loads(name, tmp_path):
     small = {"w": SPECS[name](jax.random.normal(jax.random.key(0), (6, 5)))}
@@ -182,6 +178,7 @@ def test_it_saves_and_loads(name, tmp_path):
     np.testing.assert_array_equal(final["w"].materialize(), small["w"].materialize())
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_float32_and_computes_in_bfloat16():
     model = nn.Dense(6, dtype=jnp.bfloat16)
     x = jax.random.normal(jax.random.key(0), (4, 8))
@@ -192,8 +189,14 @@ def test_mixed_precision_trains_float32_and_computes_in_bfloat16():
     np.testing.assert_array_equal(out, apply(jc.finalize(params), x))
 
 
-@pytest.mark.parametrize("axes", [(-1,), (-2,), (-2, -1)])
-@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize(
+    ("axes", "group"),
+    [
+        ((-2, -1), None), ((-2,), 4),
+        *(pytest.param(axes, group, marks=pytest.mark.slow)
+          for axes, group in (((-1,), None), ((-2,), None), ((-1,), 4), ((-2, -1), 4))),
+    ],
+)  # fmt: skip
 def test_exact_sums_against_float64(axes, group):
     x = np.random.default_rng(0).normal(size=(3, 10, 7)).astype(np.float32) * 1e-3
     x[0, 0, 0] = 100.0
@@ -207,40 +210,41 @@ def test_exact_sums_against_float64(axes, group):
     # summed, and a few float32 additions round.
     atol = 70 * 2.0**-27 * 64
     np.testing.assert_allclose(ours, expected, rtol=2.0**-22, atol=atol)
-    np.testing.assert_array_equal(ours, exact_sum(jnp.asarray(x), axes, group))
 
 
 def test_an_exact_sum_does_not_depend_on_the_order():
     x = np.random.default_rng(1).normal(size=100_003).astype(np.float32)
+    total = jax.jit(lambda x: exact_sum(x, (-1,)))
     shuffled = np.random.default_rng(2).permutation(x)
-    a, b = (float(exact_sum(jnp.asarray(y), (-1,))[0]) for y in (x, shuffled))
+    a, b = (float(total(jnp.asarray(y))[0]) for y in (x, shuffled))
     assert a == b
     expected = x.astype(np.float64).sum()
     # Each value to half of 2**-26 of the largest's power of two, 4; a few float32 additions.
     assert abs(a - expected) < 100_003 * 2.0**-27 * 4 + 2.0**-21 * abs(expected)
-    grad = jax.grad(lambda x: exact_mean(x, (-1,), 50_000)[0])(jnp.asarray(x))
+    grad = jax.jit(jax.grad(lambda x: exact_mean(x, (-1,), 50_000)[0]))(jnp.asarray(x))
     np.testing.assert_array_equal(grad, np.where(np.arange(x.size) < 50_000, np.float32(2e-5), 0))
 
 
 def test_noise_rounds_the_share_that_it_says_and_passes_the_rest():
     w = jax.random.normal(jax.random.key(0), (64, 64))
     params = {"w": learned.QuantNoise(learned.LSQ("int2"), 0.3, block_size=4)(w)}
-    drawn = sample(params, jax.random.key(1))["w"]
-    same = sample(params, jax.random.key(1))["w"]
+    draw = jax.jit(sample)
+    drawn = draw(params, jax.random.key(1))["w"]
+    same = draw(params, jax.random.key(1))["w"]
     np.testing.assert_array_equal(drawn.noise, same.noise)
-    assert not np.array_equal(drawn.noise, sample(params, jax.random.key(2))["w"].noise)
+    assert not np.array_equal(drawn.noise, draw(params, jax.random.key(2))["w"].noise)
     # 1,024 blocks: four standard deviations are 0.057.
     assert abs(float(drawn.noise.mean()) - 0.3) < 0.06
     blocks = np.asarray(drawn.noise).reshape(16, 4, 64)
     assert (blocks == blocks[:, :1]).all()
-    out, rounded = np.asarray(drawn.materialize()), np.asarray(params["w"].materialize())
+    out, rounded = np.asarray(compiled(drawn)), np.asarray(compiled(params["w"]))
     np.testing.assert_array_equal(out, np.where(drawn.noise, rounded, w))
-    grad = jax.grad(lambda leaf: jnp.sum(leaf.materialize()), allow_int=True)(drawn)
+    grad = jax.jit(jax.grad(lambda leaf: jnp.sum(leaf.materialize()), allow_int=True))(drawn)
     weight = np.asarray(grad.quantized.weight)
     assert (weight[~np.asarray(drawn.noise)] == 1).all()
     assert 0 < (weight == 0).mean() < 0.3  # those that are rounded and clipped
-    np.testing.assert_array_equal(drawn.quiet().materialize(), rounded)
-    np.testing.assert_array_equal(drawn.finalize().materialize(), rounded)
+    np.testing.assert_array_equal(compiled(drawn.quiet()), rounded)
+    np.testing.assert_array_equal(compiled(drawn.finalize()), rounded)
 
 
 @pytest.mark.parametrize(
