@@ -37,6 +37,26 @@ class Hessian(NamedTuple):
     damping: jax.Array
 
 
+class Normal(NamedTuple):
+    """A Gram matrix brought near 1: `gram`, `dead` and `scale` as in `Hessian`."""
+
+    gram: jax.Array
+    dead: jax.Array
+    scale: jax.Array
+
+
+def normalized(gram: jax.Array) -> Normal:
+    """A Gram matrix in float32, its largest diagonal entry near 1, zero for dead inputs."""
+    gram = gram.astype(jnp.float32)
+    # Powers of two: exact, and neither the sums nor the squares of anything overflow.
+    scale, inverse = unit_scale(jnp.max(jnp.diagonal(gram), initial=0.0))
+    gram = gram * inverse
+    diagonal = jnp.diagonal(gram)
+    dead = diagonal <= 0
+    gram = jnp.where(dead[:, None] | dead[None, :], 0.0, gram)
+    return Normal(gram, dead, scale)
+
+
 def hessian(gram: jax.Array, damping: float | jax.Array) -> Hessian:
     """Normalizes, damps and factors a Gram matrix.
 
@@ -60,13 +80,8 @@ def hessian(gram: jax.Array, damping: float | jax.Array) -> Hessian:
       >>> bool(h.damping > 0), bool(jnp.isfinite(h.factor).all())
       (True, True)
     """
-    gram = gram.astype(jnp.float32)
-    # Powers of two: exact, and neither the sums nor the squares of anything overflow.
-    scale, inverse = unit_scale(jnp.max(jnp.diagonal(gram), initial=0.0))
-    gram = gram * inverse
+    gram, dead, scale = normalized(gram)
     diagonal = jnp.diagonal(gram)
-    dead = diagonal <= 0
-    gram = jnp.where(dead[:, None] | dead[None, :], 0.0, gram)
     live = jnp.sum(~dead)
     mean = jnp.where(live > 0, jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(live, 1), 1.0)
     base = gram + jnp.diag(dead.astype(jnp.float32))
@@ -117,7 +132,7 @@ class Solution(NamedTuple):
     zero_point: Any = None
 
 
-def output_error(h: Hessian, before: jax.Array, after: jax.Array) -> jax.Array:
+def output_error(h: Hessian | Normal, before: jax.Array, after: jax.Array) -> jax.Array:
     """`tr(d' gram d)` of the difference d of weights `[K, N]`, float32, and infinite if too large.
 
     The difference is brought near 1 before it is squared, so that nothing overflows on the way.

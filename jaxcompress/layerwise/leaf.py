@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.arrays.quantized import QuantizedArray
+from jaxcompress.arrays.sparse import SparseArray, best_layout, encode
 from jaxcompress.errors import SpecError
 from jaxcompress.layerwise.folding import Folding, folding
 from jaxcompress.layerwise.hessian import Solution, check_finite
+from jaxcompress.layerwise.rounding import group_along
 from jaxcompress.quantization.spec import Quantize
 from jaxcompress.specs import LeafContext, on_all_devices, on_auto_axes, placed_like
 
@@ -81,9 +83,8 @@ def _folded(how: Folding, leaf: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def quantized_leaf(found: Solution, how: Folding, quantize: Quantize) -> QuantizedArray:
     """The leaf of the codes of a solution, as `quantize` stores it."""
-    group, inputs = quantize.group_size, (1,) * len(how.inputs)
+    group, inputs = group_along(quantize, how.inputs[-1]), (1,) * len(how.inputs)
     if group is not None:
-        group = min(group, how.inputs[-1])
         inputs = (*how.inputs[:-1], -(-how.inputs[-1] // group))
     last = how.order[len(how.batch) + len(how.inputs) - 1]
     return QuantizedArray.from_codes(
@@ -95,3 +96,23 @@ def quantized_leaf(found: Solution, how: Folding, quantize: Quantize) -> Quantiz
         group,
         found.weight.dtype,
     )
+
+
+def sparse_leaf(weight: jax.Array, mask: jax.Array, how: Folding, kept: int) -> SparseArray:
+    """The leaf of the values of matrices where a mask is true, `kept` of each weight of a stack."""
+    weight, mask = _unfolded(how, weight, mask)
+    batch = len(how.batch)
+    size = math.prod(mask.shape[batch:])
+    layout = ("bitmask", 1, size)
+    # A bit mask is smaller than gaps of 2 bits and up unless fewer than half the weights stay.
+    if 2 * kept < size and not isinstance(mask, jax.core.Tracer):
+        layout = best_layout(mask, kept, batch)
+    return _encode(weight, mask, kept, layout, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unfolded(how: Folding, weight: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return how.unfold(weight), how.unfold(mask)
+
+
+_encode = jax.jit(encode, static_argnums=(2, 3, 4))

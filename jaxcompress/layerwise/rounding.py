@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import affine
 from jaxcompress.errors import SpecError
+from jaxcompress.layerwise.ranges import Scales, codes_of, searched_scales, values_of
 from jaxcompress.numerics import rounded
-from jaxcompress.quantization.spec import FakeQuantize, Quantize
-
-
-class Scales(NamedTuple):
-    """The scale and zero point of each column, `[1, N]`; without quantization None."""
-
-    scale: Any = None
-    zero_point: Any = None
+from jaxcompress.quantization.spec import Quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,25 +23,26 @@ class Rounding:
       dtype: of the weights.
       spec: a quantization, or None.
       group: rows that share scales, or None: all do.
+      tries: how many narrower ranges are tried for a group, see `searched_scales`.
     """
 
     dtype: np.dtype
     spec: Quantize | None = None
     group: int | None = None
+    tries: int = 0
 
-    def scales(self, rows: jax.Array) -> Scales:
-        """Those that `Quantize` takes for these rows `[g, N]` in their dtype."""
+    def scales(self, rows: jax.Array, pivots: jax.Array) -> Scales:
+        """Those of a group of rows `[g, N]`, as they are in their dtype.
+
+        A row whose pivot `U_cc` is p adds `(w_c - q_c)**2 / p**2` to the error, once all later rows
+        have made up for it; so much a narrower range is weighed by.
+        """
         if self.spec is None:
             return Scales()
-        scale, zero = affine.affine_params(
-            self._cast(rows).astype(self.dtype),
-            self.spec.format,
-            axes=-2,
-            symmetric=self.spec.symmetric,
-            scale_dtype=np.dtype(jnp.dtype(self.spec.scale_dtype)),
-            convention=self.spec.convention,
+        weights = 1 / jnp.square(pivots)[:, None]
+        return searched_scales(
+            self.cast(rows).astype(self.dtype), weights, self.spec, None, self.tries
         )
-        return Scales(scale, zero)
 
     def store(self, row: jax.Array, kept: jax.Array, scales: Scales) -> tuple[jax.Array, Any]:
         """The values `[N]` that a row is restored as, float32, and its codes or None.
@@ -56,25 +50,23 @@ class Rounding:
         What is not kept is exactly zero: its code is the zero point.
         """
         if self.spec is None:
-            return jnp.where(kept, self._cast(row), 0.0), None
-        spec = self.spec
-        wanted = jnp.where(kept, self._cast(row), 0.0)[None]
-        codes = affine.quantize(
-            wanted,
-            scales.scale,
-            scales.zero_point,
-            spec.format,
-            axes=-2,
-            narrow=spec.symmetric and spec.convention == "absmax",
-        )
+            return jnp.where(kept, self.cast(row), 0.0), None
+        wanted = jnp.where(kept, self.cast(row), 0.0)[None]
+        codes = codes_of(wanted, scales, self.spec, None)
         # In float32, and rounded by an explicit step: a cast to bfloat16 and back may be dropped.
-        values = affine.dequantize(codes, scales.scale, scales.zero_point, axes=-2)
+        values = values_of(codes, scales, self.spec, None)
         return rounded(values, self.dtype).astype(jnp.float32)[0], codes[0]
 
-    def _cast(self, x: jax.Array) -> jax.Array:
+    def cast(self, x: jax.Array) -> jax.Array:
         """The nearest finite values of the dtype, float32."""
         largest = float(jnp.finfo(self.dtype).max)
         return rounded(jnp.clip(x, -largest, largest), self.dtype).astype(jnp.float32)
+
+
+def group_along(spec: Quantize, run: int) -> int | None:
+    """Rows that share scales, within runs of rows of that length; None: all do."""
+    size = spec.group_size
+    return max(1, min(size, run)) if isinstance(size, int) else None
 
 
 def check_quantize(quantize: Any, name: str) -> None:
@@ -85,10 +77,20 @@ def check_quantize(quantize: Any, name: str) -> None:
     """
     if quantize is None:
         return
-    if not isinstance(quantize, Quantize) or isinstance(quantize, FakeQuantize):
+    if type(quantize) is not Quantize:
         raise SpecError(f"{name}: quantize={quantize!r}: write such as jc.Quantize('int4')")
     if quantize.axis is not None:
         raise SpecError(
             f"{name}: quantize={quantize!r}: the solver shares scales along the inputs; leave out "
             "axis"
+        )
+    if isinstance(quantize.group_size, tuple):
+        raise SpecError(
+            f"{name}: quantize={quantize!r}: the solver shares scales along the inputs; write "
+            f"group_size={quantize.group_size[0]}"
+        )
+    if quantize.rounding != "nearest" or quantize.scale_format is not None:
+        raise SpecError(
+            f"{name}: quantize={quantize!r}: the solver rounds by itself and stores scales as they "
+            "are; leave out rounding and scale_format"
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcompress.layerwise.rounding import Rounding, Scales
+from jaxcompress.layerwise.ranges import Scales
+from jaxcompress.layerwise.rounding import Rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +32,25 @@ class Sweep:
     choose: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
+class Fixed(NamedTuple):
+    """Scales that were settled before: `[groups, N]`, and the group of each row, int32 `[K]`."""
+
+    scales: Scales
+    group: jax.Array
+
+
 def sweep(
-    x: jax.Array, factor: jax.Array, real: jax.Array, counts: jax.Array, how: Sweep
+    x: jax.Array,
+    factor: jax.Array,
+    real: jax.Array,
+    counts: jax.Array,
+    how: Sweep,
+    fixed: Fixed | None = None,
+    exact: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Any, Scales]:
     """Prunes and rounds the rows of `[K, N]` in turn, later rows making up for each.
+
+    A weight that is exactly zero stays so, and later rows make up for what it would have become.
 
     Args:
       x: float32 `[K, N]`, whole blocks.
@@ -42,30 +58,59 @@ def sweep(
       real: which rows are real, bool `[K]`; no other is counted.
       counts: how many weights of each block stay, int32, for `how.choose`.
       how: what is done.
+      fixed: scales to use; None: those of the rows of a group when the first of them is reached.
+      exact: bool `[K, N]`, weights that are stored beside the codes, as they are when their turn
+        comes; their codes are zero. None: none.
 
     Returns:
       The values as they are stored, float32, their mask, their codes or None, and the scales of
       each row.
     """
-    size, scales = how.block, how.rounding.scales(x)
-    empty = _Rows.like(x, how.rounding, scales)
+    size, tall = how.block, x.shape[0]
+    coded = x if exact is None else jnp.where(exact, 0.0, x)
+    first = _first_scales(coded, factor, how, fixed)
+    empty, given = _Rows.like(x, how.rounding, first, fixed), x != 0
 
     def block(b: Any, state: Any) -> Any:
         x, done = state
         start = b * size
-        rows = lax.dynamic_slice_in_dim(factor, start, size)
+        cut = lambda y: lax.dynamic_slice_in_dim(y, start, size)
+        rows = cut(factor)
         inner = lax.dynamic_slice_in_dim(rows, start, size, axis=1)
-        taken = lax.dynamic_slice_in_dim(x, start, size)
-        exists = lax.dynamic_slice_in_dim(real, start, size)
-        errors, found = _sweep_block(taken, inner, exists, counts[b], scales, how)
+        here = None if fixed is None else fixed._replace(group=cut(fixed.group))
+        apart = None if exact is None else cut(exact)
+        part = _Part(cut(x), inner, cut(real), cut(given), apart, counts[b], first, here)
+        errors, found = _sweep_block(part, how)
         # All blocks behind at once; the factor is zero before this block.
-        behind = jnp.where(jnp.arange(x.shape[0]) >= start + size, rows, 0.0)
+        behind = jnp.where(jnp.arange(tall) >= start + size, rows, 0.0)
         x = x - jnp.matmul(behind.T, errors, precision=lax.Precision.HIGHEST)
         put = lambda all, some: lax.dynamic_update_slice_in_dim(all, some, start, axis=0)
         return x, jax.tree.map(put, done, found)
 
-    _, done = lax.fori_loop(0, x.shape[0] // size, block, (x, empty))
+    _, done = lax.fori_loop(0, tall // size, block, (x, empty))
     return done.values, done.mask, done.codes, done.scales
+
+
+def _first_scales(x: jax.Array, factor: jax.Array, how: Sweep, fixed: Fixed | None) -> Scales:
+    """Those of all rows, which hold where there are no groups; in the shape of those of a group."""
+    if fixed is not None:
+        return jax.tree.map(lambda y: y[:1], fixed.scales)
+    if how.rounding.group is None:
+        return how.rounding.scales(x, jnp.diagonal(factor))
+    return dataclasses.replace(how.rounding, tries=0).scales(x[:1], jnp.ones(1))
+
+
+class _Part(NamedTuple):
+    """What a block is given: rows of each, its part of the factor, and the scales to begin with."""
+
+    x: jax.Array
+    factor: jax.Array
+    real: jax.Array
+    given: jax.Array
+    exact: jax.Array | None
+    wanted: jax.Array
+    scales: Scales
+    fixed: Fixed | None
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +122,7 @@ class _Rows:
       values: as they are stored, float32 `[rows, N]`.
       mask: which of them stay.
       codes: integer codes, or None.
-      scales: those of each row.
+      scales: those of each row; None where they were settled before.
     """
 
     values: jax.Array
@@ -86,59 +131,67 @@ class _Rows:
     scales: Scales
 
     @classmethod
-    def like(cls, x: jax.Array, rounding: Rounding, scales: Scales) -> _Rows:
-        codes = jax.eval_shape(lambda x: rounding.store(x[0], x[0] > 0, rounding.scales(x))[1], x)
+    def like(cls, x: jax.Array, rounding: Rounding, scales: Scales, fixed: Any) -> _Rows:
+        codes = jax.eval_shape(lambda x, s: rounding.store(x[0], x[0] > 0, s)[1], x, scales)
         wide = lambda y: jnp.zeros(x.shape, y.dtype)
         return cls(
             jnp.zeros_like(x),
             jnp.zeros(x.shape, bool),
             jax.tree.map(wide, codes),
-            jax.tree.map(wide, scales),
+            Scales() if fixed is not None else jax.tree.map(wide, scales),
         )
 
 
-def _sweep_block(
-    x: jax.Array, factor: jax.Array, real: jax.Array, count: jax.Array, scales: Scales, how: Sweep
-) -> tuple[jax.Array, _Rows]:
+def _sweep_block(part: _Part, how: Sweep) -> tuple[jax.Array, _Rows]:
     """One block: `(w_c - q_c) / U_cc` of each row, and what was made of it."""
-    pivots, span = jnp.diagonal(factor), how.span
-    index = jnp.arange(how.block)
+    pivots, index = jnp.diagonal(part.factor), jnp.arange(how.block)
+    row_of = lambda y, i: lax.dynamic_index_in_dim(y, i, keepdims=False)
 
     def choose(x: jax.Array, start: Any) -> jax.Array:
         """Which weights of the next rows stay, by |w_c| / U_cc; what is not real the last."""
+        cut = lambda y: lax.dynamic_slice_in_dim(y, start, how.span)
         if how.choose is None:
-            return jnp.ones((span, x.shape[1]), bool)
-        rows, pivot, exists = (lax.dynamic_slice_in_dim(y, start, span) for y in (x, pivots, real))
-        scores = jnp.where(exists[:, None], jnp.abs(rows) / pivot[:, None], -1.0)
-        return how.choose(scores, count)
+            return cut(part.given)
+        scores = jnp.abs(cut(x)) / cut(pivots)[:, None]
+        return how.choose(jnp.where(cut(part.real)[:, None], scores, -1.0), part.wanted)
 
-    def group_scales(x: jax.Array, i: Any, before: Scales) -> Scales:
+    def scales_at(x: jax.Array, i: Any, before: Scales) -> Scales:
         group = how.rounding.group
+        if part.fixed is not None:
+            mine = part.fixed.group[i]
+            return jax.tree.map(lambda y: lax.dynamic_slice_in_dim(y, mine, 1), part.fixed.scales)
         if group is None:
             return before
-        new = lambda: how.rounding.scales(lax.dynamic_slice_in_dim(x, i, group))
+        cut = lambda y: lax.dynamic_slice_in_dim(y, i, group)
+        rows = lambda: cut(x) if part.exact is None else jnp.where(cut(part.exact), 0.0, cut(x))
+        new = lambda: how.rounding.scales(rows(), cut(pivots))
         return lax.cond(i % group == 0, new, lambda: before)
 
     def some(s: Any, state: Any) -> Any:
-        start = s * span
+        start = s * how.span
         keep = choose(state[0], start)
 
         def row(r: Any, state: Any) -> Any:
             x, errors, done, scales = state
             i = start + r
-            scales = group_scales(x, i, scales)
-            old = lax.dynamic_index_in_dim(x, i, keepdims=False)
-            kept = lax.dynamic_index_in_dim(keep, r, keepdims=False)
-            new, codes = how.rounding.store(old, kept, scales)
+            scales = scales_at(x, i, scales)
+            old, kept = row_of(x, i), row_of(keep, r)
+            if part.exact is None:
+                new, codes = how.rounding.store(old, kept, scales)
+            else:
+                apart = row_of(part.exact, i)
+                new, codes = how.rounding.store(old, kept & ~apart, scales)
+                new = jnp.where(apart, how.rounding.cast(old), new)
             error = (old - new) / pivots[i]
-            later = lax.dynamic_index_in_dim(factor, i, keepdims=False)
-            x = x - jnp.where(index > i, later, 0.0)[:, None] * error
-            found = _Rows(new, kept, codes, jax.tree.map(lambda y: y[0], scales))
+            x = x - jnp.where(index > i, row_of(part.factor, i), 0.0)[:, None] * error
+            stored = Scales() if part.fixed is not None else jax.tree.map(lambda y: y[0], scales)
             put = lambda all, one: lax.dynamic_update_index_in_dim(all, one, i, axis=0)
+            found = _Rows(new, kept, codes, stored)
             return x, put(errors, error), jax.tree.map(put, done, found), scales
 
-        return lax.fori_loop(0, span, row, state)
+        return lax.fori_loop(0, how.span, row, state)
 
-    state = (x, jnp.zeros_like(x), _Rows.like(x, how.rounding, scales), scales)
-    _, errors, done, _ = lax.fori_loop(0, how.block // span, some, state)
+    empty = _Rows.like(part.x, how.rounding, part.scales, part.fixed)
+    state = (part.x, jnp.zeros_like(part.x), empty, part.scales)
+    _, errors, done, _ = lax.fori_loop(0, how.block // how.span, some, state)
     return errors, done

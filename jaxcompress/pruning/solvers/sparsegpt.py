@@ -23,7 +23,7 @@ from jaxcompress.layerwise.hessian import (
     over_stack,
     unchanged,
 )
-from jaxcompress.layerwise.rounding import Rounding, check_quantize
+from jaxcompress.layerwise.rounding import Rounding, check_quantize, group_along
 from jaxcompress.layerwise.sweep import Sweep, sweep
 from jaxcompress.pruning.checks import check_share
 from jaxcompress.pruning.patterns import parse_pattern
@@ -150,9 +150,8 @@ def solve(w: jax.Array, gram: jax.Array, options: Options, run: int, groups: int
       groups: matrices that are one weight together, and share its count of what stays.
     """
     n, m = (0, 1) if options.pattern is None else parse_pattern(options.pattern)
-    quantize, group = options.quantize, None
-    if quantize is not None and quantize.group_size is not None:
-        group = max(1, min(quantize.group_size, run))
+    quantize = options.quantize
+    group = None if quantize is None else group_along(quantize, run)
     inputs, outputs = w.shape[-2:]
     lay = frame(inputs, run, options.block_size, (m, group or 1))
     sizes = np.tile(lay.real.reshape(-1, lay.block).sum(axis=1) * outputs, groups)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
 
 from jaxcompress.arrays.base import is_compressed
-from jaxcompress.arrays.sparse import SparseArray, best_layout, encode
 from jaxcompress.errors import SpecError
 from jaxcompress.layerwise.folding import Folding
-from jaxcompress.layerwise.leaf import fitted_folding, on_matrices, quantized_leaf
+from jaxcompress.layerwise.leaf import fitted_folding, on_matrices, quantized_leaf, sparse_leaf
 from jaxcompress.layerwise.rounding import check_quantize
 from jaxcompress.pruning.patterns import parse_pattern
 from jaxcompress.pruning.select import kept_count
@@ -28,7 +26,7 @@ from jaxcompress.specs import (
 )
 
 # The fields that are those of a `Quantize`.
-_SHARED = ("group_size", "symmetric", "scale_dtype", "convention")
+_SHARED = ("group_size", "symmetric", "scale_dtype", "convention", "estimator")
 
 
 @register_spec("sparsegpt")
@@ -56,6 +54,7 @@ class SparseGPT(Spec):
       symmetric: whether zero is the middle of the range.
       scale_dtype: the dtype of scales.
       convention: how the symmetric scale follows from the range.
+      estimator: how the range follows from the weights.
 
     Raises:
       SpecError: for values that cannot be; when it is called without statistics that fit.
@@ -87,6 +86,7 @@ class SparseGPT(Spec):
     symmetric: bool = True
     scale_dtype: str = "bfloat16"
     convention: str = "absmax"
+    estimator: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,12 +114,8 @@ class SparseGPT(Spec):
         return self._planned(leaf, context)
 
     def _planned(self, leaf: Any, context: LeafContext) -> _SparseGPTPlan:
-        options, how = (
-            self.options(),
-            fitted_folding(
-                leaf, context, "SparseGPT", "nothing can make up for it; write Prune instead"
-            ),
-        )
+        options, why = self.options(), "nothing can make up for it; write Prune instead"
+        how = fitted_folding(leaf, context, "SparseGPT", why)
         return _SparseGPTPlan(options, how, _kept(options, how), context.path)
 
     def __call__(self, leaf: Any, context: LeafContext | None = None) -> Any:
@@ -150,29 +146,10 @@ def _solved(plan: _SparseGPTPlan, leaf: Any, gram: Any) -> Any:
     def run(matrices: jax.Array, gram: jax.Array) -> Any:
         found = solve(matrices, gram, plan.options, how.inputs[-1], how.groups)
         if found.codes is None:
-            weight, mask = _unfolded(how, found.weight, found.mask)
-            return _sparse(weight, mask, plan)
+            return sparse_leaf(found.weight, found.mask, how, plan.kept)
         return quantized_leaf(found, how, plan.options.quantize)
 
     return on_matrices(run, how, leaf, gram, plan.path)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _unfolded(how: Folding, weight: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return how.unfold(weight), how.unfold(mask)
-
-
-_encode = jax.jit(encode, static_argnums=(2, 3, 4))
-
-
-def _sparse(weight: jax.Array, mask: jax.Array, plan: _SparseGPTPlan) -> SparseArray:
-    batch = len(plan.folding.batch)
-    size = math.prod(mask.shape[batch:])
-    layout = ("bitmask", 1, size)
-    # A bit mask is smaller than gaps of 2 bits and up unless fewer than half the weights stay.
-    if 2 * plan.kept < size and not isinstance(mask, jax.core.Tracer):
-        layout = best_layout(mask, plan.kept, batch)
-    return _encode(weight, mask, plan.kept, layout, batch)
 
 
 def _kept(options: Options, how: Folding) -> int:
