@@ -114,7 +114,9 @@ def test_rounding_is_bounded(data, name, signed, block):
     ).astype(np.float64)
     bound = largest * (WIDEST[name, signed] + 4 * EPS) + 1e-37
     if not signed:  # a positive value is stored as the least positive one or more
-        bound = np.maximum(bound, largest / 255 + 1e-37) if name == "int8" else bound
+        bound = (
+            np.maximum(bound, largest / 255 * (1 + 4 * EPS) + 1e-37) if name == "int8" else bound
+        )
     assert np.all(np.abs(y - x) <= bound)
     assert np.all(y[x == 0] == 0)
     if not signed:
