@@ -19,7 +19,7 @@ from jaxcompress.errors import SpecError
 from jaxcompress.input_stats import InputStats
 from jaxcompress.quantization.activations.ranges import entropy_range, mse_range, percentile_range
 from jaxcompress.rules import default_axes
-from jaxcompress.specs import LeafContext, Plan, Spec, register_spec
+from jaxcompress.specs import LeafContext, Plan, Spec, on_all_devices, register_spec
 
 ESTIMATORS = ("max", "percentile", "mse", "entropy")
 
@@ -38,6 +38,13 @@ class InputSpec(Spec):
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         return _AroundPlan(self, dataclasses.replace(context, key=None), shape)
 
+    def _placed(self, weight: Any, context: LeafContext) -> CompressedArray:
+        """The leaf, with what is new on each device that the weight lies on."""
+        out = self.around(weight, context)
+        old = jax.tree.leaves(weight)
+        small = {n: on_all_devices(x, old[0]) for n, x in vars(out).items() if _is_new(x, weight)}
+        return out.replace(**small)
+
     def __call__(self, leaf: Any, context: LeafContext | None = None) -> Any:
         """Puts an array or a leaf into a leaf that rounds its input."""
         if context is None:
@@ -54,7 +61,11 @@ class InputSpec(Spec):
                 f"{context.path}: shape {tuple(leaf.shape)} has no contracted inputs to round; "
                 "leave it out of the rules"
             )
-        return self.around(leaf if is_compressed(leaf) else jnp.asarray(leaf), context)
+        return self._placed(leaf if is_compressed(leaf) else jnp.asarray(leaf), context)
+
+
+def _is_new(x: Any, weight: Any) -> bool:
+    return isinstance(x, jax.Array) and x is not weight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
