@@ -72,7 +72,7 @@ def quantize_state(
 
     Returns:
       An optax transformation, its state a `QuantizedState` of real compressed leaves, which `jit`,
-      `scan`, shardings and `jc.save` take like others.
+      `scan`, shardings and `jc.save` take like others; a key is saved as `jax.random.key_data`.
 
     Raises:
       SpecError: for another format, sizes below 1, and an optimizer whose state changes its
