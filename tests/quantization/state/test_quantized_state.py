@@ -276,9 +276,9 @@ def test_a_small_mean_of_squares_never_becomes_zero():
     grads = {"w": jnp.full((4, 64), 1e-5).at[:, 0].set(1.0)}
     for name in FORMATS:
         tx = quantize_state(optax.adam(1.0, eps=1e-30), name, min_size=0)
-        state = tx.init(params)
+        state, step = tx.init(params), jax.jit(tx.update)
         for _ in range(5):
-            updates, state = tx.update(grads, state, params)
+            updates, state = step(grads, state, params)
             # At most |m| / sqrt(v) of plain Adam, which is 1 up to bias correction.
             assert float(jnp.max(jnp.abs(updates["w"]))) < 1.1
         assert np.all(np.asarray(state.inner[0].nu["w"]) > 0)
@@ -297,24 +297,27 @@ def test_a_key_moves_on():
     tx = quantize_state(optax.adam(0.1), min_size=100, key=jax.random.key(0))
     params = small_params()
     grads = jax.tree.map(lambda p: jnp.linspace(0.1, 1, p.size).reshape(p.shape), params)
-    first = tx.update(grads, tx.init(params), params)[1]
-    again = tx.update(grads, tx.init(params), params)[1]
-    second = tx.update(grads, first, params)[1]
+    step = jax.jit(tx.update)
+    first = step(grads, tx.init(params), params)[1]
+    again = step(grads, tx.init(params), params)[1]
+    second = step(grads, first, params)[1]
     codes = lambda state: np.asarray(state.inner[0].mu["a"]["kernel"].codes)
     np.testing.assert_array_equal(codes(first), codes(again))
     assert jnp.any(jax.random.key_data(first.key) != jax.random.key_data(second.key))
     other = quantize_state(optax.adam(0.1), min_size=100, key=jax.random.key(1))
-    assert np.any(codes(other.update(grads, other.init(params), params)[1]) != codes(first))
+    assert np.any(
+        codes(jax.jit(other.update)(grads, other.init(params), params)[1]) != codes(first)
+    )
 
 
 def test_many_networks_at_once():
     tx = quantize_state(optax.adam(0.1), min_size=100)
     params = jax.tree.map(lambda p: jnp.stack([p, p + 1]), small_params())
     grads = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size) * 1.0).reshape(p.shape), params)
-    state = jax.vmap(tx.init)(params)
-    updates, state = jax.vmap(tx.update)(grads, state, params)
+    state = jax.jit(jax.vmap(tx.init))(params)
+    updates, state = jax.jit(jax.vmap(tx.update))(grads, state, params)
     one = jax.tree.map(lambda p: p[1], (params, grads))
-    expected, _ = tx.update(one[1], tx.init(one[0]), one[0])
+    expected, _ = jax.jit(tx.update)(one[1], tx.init(one[0]), one[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-5), updates, expected)
 
 
