@@ -75,7 +75,7 @@ def awq(
       >>> gram = jnp.diag(jnp.array([1.0, 1e4]))  # though its input is large
       >>> found, inverse = awq(w, gram, jc.Quantize("int4"))
       >>> found.codes.tolist(), bool(inverse[1] < inverse[0])
-      x
+      ([[7], [2]], True)
     """
     check_shapes(w, gram, "awq")
     check_format(quantize, "awq")
