@@ -405,7 +405,7 @@ def stored(scale: jax.Array, dtype: Any, limit: jax.Array | float | None = None)
     info = jnp.finfo(dtype)  # 0 and infinity would make NaN, and subnormals are often read as 0
     most: Any = float(info.max)
     if limit is not None:
-        most = jnp.minimum(most, limit * (1 - float(info.eps)))
+        most = jnp.minimum(most, limit * (1 - min(0.5, float(info.eps))))
     least = max(float(info.smallest_normal), 2.0**-126)
     kept = rounded(jnp.clip(scale, least, most), dtype)
     return jnp.where(scale == 0, jnp.ones_like(kept), kept)

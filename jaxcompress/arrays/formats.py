@@ -54,7 +54,8 @@ class Format:
     def encode(self, x: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """The codes of the nearest values of float32 `x`, beyond the range the outermost.
 
-        Halfway between two values it is the one whose code is even. With noise, uniform in [0, 1),
+        Halfway between two values it is the one whose code is even, and of two powers of two the
+        larger. With noise, uniform in [0, 1),
         one of the two neighbours, such that the mean is x.
         """
         raise NotImplementedError
