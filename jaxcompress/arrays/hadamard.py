@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import compat
+
 # The largest factor that is kept as a matrix.
 _LARGEST = 256
 
@@ -91,9 +93,14 @@ def transform(x: jax.Array, *, axis: int = -1, transposed: bool = False) -> jax.
       >>> transform(jnp.array([1.0, 0.0, 0.0, 0.0])).tolist()
       [0.5, 0.5, 0.5, 0.5]
     """
-    n = x.shape[axis]
     if x.size == 0:
         return x
+    # A reshape of a split axis has no type on an Explicit mesh.
+    return compat.auto_like(lambda x: _transformed(x, axis, transposed), (x,), x)
+
+
+def _transformed(x: jax.Array, axis: int, transposed: bool) -> jax.Array:
+    n = x.shape[axis]
     blocks, order, power = factors(n)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     y = jnp.moveaxis(x, axis, -1).astype(wide)

@@ -25,6 +25,7 @@ def _stored(leaf: Any, scale: jax.Array) -> QuantizedInputArray:
     children=("weight", "bound"),
     static=("format", "method"),
     trainable=("weight", "bound"),
+    inner=("weight",),
 )
 class LearnedInputArray(InputArray):
     """A weight that rounds its input with a trained range: PACT or LSQ.

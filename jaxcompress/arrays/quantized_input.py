@@ -245,7 +245,8 @@ class QuantizedInputArray(InputArray):
 
     def describe(self) -> str:
         how = "static" if self.scale is not None else f"per {self.per}"
-        kind = f"{self.format}{'' if self.symmetric else ' affine'}"
+        shifted = not self.symmetric and (self.scale is None or self.zero_point is not None)
+        kind = f"{self.format}{' affine' if shifted else ''}"
         return f"{self.of_weight().strip() or 'dense'}, input {kind} {how}"
 
 

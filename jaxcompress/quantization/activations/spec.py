@@ -254,7 +254,7 @@ class PACT(InputSpec):
       >>> leaf = jc.chain(jc.FakeQuantize("int8"), PACT("uint4"))(jnp.ones((8, 4)))
       >>> leaf, leaf.finalize()
       (LearnedInputArray(float32[8, 4], fake int8, input pact uint4), \
-QuantizedInputArray(float32[8, 4], int8, input uint4 affine static))
+QuantizedInputArray(float32[8, 4], int8, input uint4 static))
     """
 
     format: str = "uint8"
