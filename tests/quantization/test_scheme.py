@@ -230,7 +230,7 @@ def test_aciq_clips_near_the_best_of_its_distributions():
         assert clipped < min(full, 1.1 * best)
 
 
-combinations = given(
+combinations = st.tuples(
     st.sampled_from(FORMATS),
     st.sampled_from([(1, 1), (0, 3), (7, 3), (33, 5), (2, 18, 4)]),
     st.sampled_from([None, 5, (4, 3)]),
@@ -241,15 +241,15 @@ combinations = given(
 
 
 @settings(max_examples=4, deadline=None)
-@combinations
-def test_any_combination_is_sound(*drawn):
+@given(combinations)
+def test_any_combination_is_sound(drawn):
     is_sound(*drawn)
 
 
 @pytest.mark.slow
 @settings(max_examples=80, deadline=None)
-@combinations
-def test_any_combination_is_sound_again(*drawn):
+@given(combinations)
+def test_any_combination_is_sound_again(drawn):
     is_sound(*drawn)
 
 
