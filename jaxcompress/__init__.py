@@ -7,7 +7,7 @@ A compressed model is the same pytree with smaller leaves, and any JAX function 
 - `save` and `load` keep them small on disk.
 """
 
-from jaxcompress import distillation, drivers, pruning
+from jaxcompress import distillation, drivers, pruning, quantization
 from jaxcompress._version import __version__
 from jaxcompress.arrays.base import (
     CompressedArray,
@@ -101,6 +101,7 @@ __all__ = [
     "open_params",
     "partition",
     "pruning",
+    "quantization",
     "read_metadata",
     "register_array",
     "register_rule",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from jaxcompress.errors import SpecError
 from jaxcompress.layerwise.folding import Folding, folding
 from jaxcompress.layerwise.hessian import Solution, check_finite
 from jaxcompress.layerwise.rounding import group_along
-from jaxcompress.quantization.spec import Quantize
 from jaxcompress.specs import LeafContext, on_all_devices, on_auto_axes, placed_like
+
+if TYPE_CHECKING:
+    from jaxcompress.quantization.spec import Quantize
 
 
 def fitted_folding(leaf: Any, context: LeafContext, name: str, looked_up: str) -> Folding:

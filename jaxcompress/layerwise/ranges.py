@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress.arrays.scheme import Scheme
-from jaxcompress.quantization.spec import Quantize
+
+if TYPE_CHECKING:
+    from jaxcompress.quantization.spec import Quantize
 
 # The narrowest range that is tried, as a share of the whole.
 _NARROWEST = 0.3

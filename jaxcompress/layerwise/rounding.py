@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.errors import SpecError
 from jaxcompress.layerwise.ranges import Scales, codes_of, searched_scales, values_of
 from jaxcompress.numerics import rounded
-from jaxcompress.quantization.spec import Quantize
+
+if TYPE_CHECKING:
+    from jaxcompress.quantization.spec import Quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,30 +68,3 @@ def group_along(spec: Quantize, run: int) -> int | None:
     """Rows that share scales, within runs of rows of that length; None: all do."""
     size = spec.group_size
     return max(1, min(size, run)) if isinstance(size, int) else None
-
-
-def check_quantize(quantize: Any, name: str) -> None:
-    """Refuses what is no quantization along the inputs.
-
-    Raises:
-      SpecError: says what to write.
-    """
-    if quantize is None:
-        return
-    if type(quantize) is not Quantize:
-        raise SpecError(f"{name}: quantize={quantize!r}: write such as jc.Quantize('int4')")
-    if quantize.axis is not None:
-        raise SpecError(
-            f"{name}: quantize={quantize!r}: the solver shares scales along the inputs; leave out "
-            "axis"
-        )
-    if isinstance(quantize.group_size, tuple):
-        raise SpecError(
-            f"{name}: quantize={quantize!r}: the solver shares scales along the inputs; write "
-            f"group_size={quantize.group_size[0]}"
-        )
-    if quantize.rounding != "nearest" or quantize.scale_format is not None:
-        raise SpecError(
-            f"{name}: quantize={quantize!r}: the solver rounds by itself and stores scales as they "
-            "are; leave out rounding and scale_format"
-        )

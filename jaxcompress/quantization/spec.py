@@ -311,3 +311,30 @@ def resolve_axes(
             f"{context.path}: axis={axis} is not among the {leaf.ndim} axes of shape {leaf.shape}"
         )
     return tuple(sorted({int(a) if a < 0 else int(a) - leaf.ndim for a in axes}))
+
+
+def check_quantize(quantize: Any, name: str) -> None:
+    """Refuses what is no quantization along the inputs.
+
+    Raises:
+      SpecError: says what to write.
+    """
+    if quantize is None:
+        return
+    if type(quantize) is not Quantize:
+        raise SpecError(f"{name}: quantize={quantize!r}: write such as jc.Quantize('int4')")
+    if quantize.axis is not None:
+        raise SpecError(
+            f"{name}: quantize={quantize!r}: the solver shares scales along the inputs; leave out "
+            "axis"
+        )
+    if isinstance(quantize.group_size, tuple):
+        raise SpecError(
+            f"{name}: quantize={quantize!r}: the solver shares scales along the inputs; write "
+            f"group_size={quantize.group_size[0]}"
+        )
+    if quantize.rounding != "nearest" or quantize.scale_format is not None:
+        raise SpecError(
+            f"{name}: quantize={quantize!r}: the solver rounds by itself and stores scales as they "
+            "are; leave out rounding and scale_format"
+        )

@@ -164,6 +164,7 @@ def test_integer_inputs_are_scaled_in_the_weight_dtype():
     close(y, x.astype(jnp.float32) @ leaf.materialize(), 30.0, 4)
 
 
+@pytest.mark.slow
 @given(n=st.integers(1, 200), transposed=st.booleans(), seed=st.integers(0, 99))
 @settings(max_examples=8, deadline=None)
 def test_the_transform_is_orthogonal(n, transposed, seed):

@@ -56,7 +56,7 @@ def numpy_grid(x, format, symmetric, axes):
 
 @pytest.mark.parametrize(("format", "symmetric"), FORMATS)
 @pytest.mark.parametrize("per", ["token", "tensor"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_integers_are_those_of_int64_arithmetic(format, symmetric, per, bits):
     w, x = normal(40, 8), normal(2, 5, 40, seed=1) + 0.5
     stored = jc.Quantize(f"int{bits}")(w)
@@ -81,7 +81,9 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=pytest.mark.slow) if "out" in s else s for s in SHAPES]
+)
 def test_integers_and_values_agree_for_any_contraction(shape):
     """Both paths sum the same terms; floats are off by eps a term, at most 12 of them."""
     fn, weight, inputs = SHAPES[shape]
@@ -100,7 +102,7 @@ def test_integers_and_values_agree_for_any_contraction(shape):
         assert "int32" in str(jax.make_jaxpr(jc.compressed(fn))(leaf, x))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("format", "symmetric"), [("int8", True), ("uint8", False)])
 @pytest.mark.parametrize("padding", [((1, 1), (2, 1)), ((0, 0), (0, 0))])
 def test_convolutions_pad_with_the_value_zero(groups, format, symmetric, padding):
@@ -118,6 +120,7 @@ def test_convolutions_pad_with_the_value_zero(groups, format, symmetric, padding
     assert np.array_equal(jc.compressed(fn)(leaf, x), expected)
 
 
+@pytest.mark.slow
 @given(
     inputs=st.integers(1, 40), outputs=st.integers(1, 9), rows=st.integers(0, 5),
     format=st.sampled_from(FORMATS), seed=st.integers(0, 99),

@@ -159,7 +159,7 @@ class Net(nn.Module):
 PAIRS = [("one/kernel", "one/bias", "two/kernel"), ("two/kernel", None, "last/kernel")]
 
 
-@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("depthwise", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_equalization_leaves_the_function_and_evens_the_ranges(depthwise):
     x = normal(3, 5, 5, 2, seed=1)
     net = Net(depthwise)

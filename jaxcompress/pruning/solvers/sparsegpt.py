@@ -23,12 +23,12 @@ from jaxcompress.layerwise.hessian import (
     over_stack,
     unchanged,
 )
-from jaxcompress.layerwise.rounding import Rounding, check_quantize, group_along
+from jaxcompress.layerwise.rounding import Rounding, group_along
 from jaxcompress.layerwise.sweep import Sweep, sweep
 from jaxcompress.pruning.checks import check_share
 from jaxcompress.pruning.patterns import parse_pattern
 from jaxcompress.pruning.select import kept_count, n_of_m_mask, top_mask
-from jaxcompress.quantization.spec import Quantize
+from jaxcompress.quantization.spec import Quantize, check_quantize
 from jaxcompress.specs import is_count
 
 

@@ -12,11 +12,10 @@ from jaxcompress.arrays.base import is_compressed
 from jaxcompress.errors import SpecError
 from jaxcompress.layerwise.folding import Folding
 from jaxcompress.layerwise.leaf import fitted_folding, on_matrices, quantized_leaf, sparse_leaf
-from jaxcompress.layerwise.rounding import check_quantize
 from jaxcompress.pruning.patterns import parse_pattern
 from jaxcompress.pruning.select import kept_count
 from jaxcompress.pruning.solvers.sparsegpt import Options, check_options, solve
-from jaxcompress.quantization.spec import Quantize
+from jaxcompress.quantization.spec import Quantize, check_quantize
 from jaxcompress.rules import default_axes
 from jaxcompress.specs import (
     LeafContext,

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxcompress.arrays.formats import code_format
 from jaxcompress.errors import SpecError
@@ -24,11 +23,11 @@ from jaxcompress.layerwise.hessian import (
     over_stack,
 )
 from jaxcompress.layerwise.ranges import Scales, codes_of, searched_scales, values_of
-from jaxcompress.layerwise.rounding import Rounding, check_quantize, group_along
+from jaxcompress.layerwise.rounding import Rounding, group_along
 from jaxcompress.layerwise.sweep import Fixed, Sweep, sweep
 from jaxcompress.numerics import rounded, unit_scale
 from jaxcompress.pruning.select import top_mask
-from jaxcompress.quantization.spec import Quantize
+from jaxcompress.quantization.spec import Quantize, check_quantize
 from jaxcompress.specs import is_count, is_number
 
 

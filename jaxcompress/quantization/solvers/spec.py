@@ -13,11 +13,10 @@ from jaxcompress.arrays.base import is_compressed
 from jaxcompress.errors import SpecError
 from jaxcompress.layerwise.folding import Folding
 from jaxcompress.layerwise.leaf import fitted_folding, on_matrices, quantized_leaf
-from jaxcompress.layerwise.rounding import check_quantize
 from jaxcompress.quantization.solvers.adaround import Learning
 from jaxcompress.quantization.solvers.adaround import solve as learn
 from jaxcompress.quantization.solvers.gptq import Options, check_tries, solve
-from jaxcompress.quantization.spec import Quantize
+from jaxcompress.quantization.spec import Quantize, check_quantize
 from jaxcompress.rules import default_axes
 from jaxcompress.specs import LeafContext, Plan, Spec, is_count, is_number, register_spec
 
