@@ -7,7 +7,8 @@ from jaxcompress.quantization.activations.ranges import (
     mse_range,
     percentile_range,
 )
-from jaxcompress.quantization.activations.spec import PACT, DoReFaInput, LSQInput, QuantizeInput
+from jaxcompress.quantization.activations.spec import QuantizeInput
+from jaxcompress.quantization.activations.trained import PACT, DoReFaInput, LSQInput
 
 __all__ = [
     "PACT",
