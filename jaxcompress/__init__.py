@@ -20,7 +20,11 @@ from jaxcompress.arrays.fake_quantized import FakeQuantizedArray
 from jaxcompress.arrays.low_rank import LowRankArray
 from jaxcompress.arrays.packed import PackedArray
 from jaxcompress.arrays.quantized import QuantizedArray
+from jaxcompress.arrays.quantized_input import QuantizedInputArray
+from jaxcompress.arrays.rotated import RotatedArray
+from jaxcompress.arrays.scaled import ScaledArray
 from jaxcompress.arrays.sparse import SparseArray
+from jaxcompress.arrays.summed import SumArray
 from jaxcompress.checkpoint.file import load, read_metadata, save
 from jaxcompress.checkpoint.sources import open_params
 from jaxcompress.compress import (
@@ -42,7 +46,11 @@ from jaxcompress.observe import observe
 from jaxcompress.pruning.solvers import SparseGPT
 from jaxcompress.pruning.spec import Prune
 from jaxcompress.pruning.wrapper import sparsify
+from jaxcompress.quantization.activations import QuantizeInput
+from jaxcompress.quantization.learned import LSQ
+from jaxcompress.quantization.solvers import AWQ, GPTQ
 from jaxcompress.quantization.spec import FakeQuantize, Quantize
+from jaxcompress.quantization.transforms import SmoothQuant
 from jaxcompress.recipes.recipe import Recipe, Rule
 from jaxcompress.report.contents import Contents, contents
 from jaxcompress.report.difference import Difference, diff
@@ -52,6 +60,9 @@ from jaxcompress.sharing.spec import Codebook
 from jaxcompress.specs import LeafContext, Plan, Spec, chain, register_spec
 
 __all__ = [
+    "AWQ",
+    "GPTQ",
+    "LSQ",
     "Codebook",
     "CodebookArray",
     "CompressError",
@@ -71,15 +82,21 @@ __all__ = [
     "Plan",
     "Prune",
     "Quantize",
+    "QuantizeInput",
     "QuantizedArray",
+    "QuantizedInputArray",
     "Recipe",
     "RecipeError",
+    "RotatedArray",
     "Rule",
     "RuleError",
+    "ScaledArray",
+    "SmoothQuant",
     "SparseArray",
     "SparseGPT",
     "Spec",
     "SpecError",
+    "SumArray",
     "Summary",
     "__version__",
     "chain",

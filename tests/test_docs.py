@@ -28,6 +28,8 @@ PAGES = [
             "solvers",
             "gates",
             "iterative",
+            "quantization",
+            "mixed-precision",
             "training",
             "statistics",
             "command-line",
