@@ -25,7 +25,7 @@ SPECS = {
     "gptq": GPTQ("int4", **FORMAT, act_order=True, tries=2),
     "awq": AWQ("int4", **FORMAT, steps=4, compensated=True),
     "spqr": SpQR("uint4", **FORMAT, symmetric=False, outliers=1 / 36),
-    "adaround": AdaRound("int4", **FORMAT, steps=20),
+    "adaround": AdaRound("int4", **FORMAT, steps=200),
     "signround": SignRound("int4", **FORMAT, steps=5),
 }
 
@@ -72,7 +72,10 @@ def test_every_kind_of_kernel(name):
         np.testing.assert_array_equal(got, gptq(w, gram, spec.plain()).weight)
 
 
-@pytest.mark.parametrize("name", list(SPECS))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in ("gptq", "awq") else pytest.mark.slow) for n in SPECS],
+)
 @pytest.mark.parametrize("path", ["out", pytest.param("conv", marks=pytest.mark.slow)])
 def test_outputs_change_less_than_by_rounding(name, path):
     """As it is seen from outside: three channels at four places, or heads."""
