@@ -134,8 +134,8 @@ def main() -> None:
     test = Test(params)
     rounded = test.cosine(jc.finalize(jc.compress(params, RULES)))
     console.print(f"rounded to nearest: mean cosine {rounded:.4f}")
-    student = params
-    for step, loss, student in train(params, args.steps, args.rate):
+    for reached in train(params, args.steps, args.rate):
+        step, loss, student = reached
         seconds = time.perf_counter() - start
         console.print(f"step {step}: loss {loss:.4f}, {seconds:.0f} s")
     stored = jc.finalize(student)
