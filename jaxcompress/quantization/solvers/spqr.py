@@ -33,8 +33,9 @@ def spqr(
     With H the damped Gram matrix and q the nearest codes, it helps to keep a weight by
     `(w_c - q_c)**2 / [H^-1]_cc`; the largest of a group by the sum of these over the group, less
     what it is when the range of the group does without that weight. The `round(outliers K N)`
-    weights that help most are kept, and ranges are those of the weights that are left. An outlier makes up for the rounding of earlier weights like any other,
-    and is stored, rounded to the dtype of the weights, as it is when its turn comes.
+    weights that help most are kept, and ranges are those of the weights that are left. An outlier
+    makes up for the rounding of earlier weights like any other, and is stored, rounded to the dtype
+    of the weights, as it is when its turn comes.
 
     Args:
       w: `[..., K, N]`; see `gptq`, like all that follow but `outliers`.
