@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import compat
 from jaxcompress.arrays.base import CompressedArray, narrows, register_array
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.arrays.scheme import Scheme
@@ -113,11 +114,15 @@ class FakeQuantizedArray(CompressedArray):
         return self.scheme.in_range(self.weight, *self.params())
 
     def materialize(self, key: jax.Array | None = None) -> jax.Array:
-        def value(*children: Any) -> jax.Array:
+        def expand(*children: Any) -> jax.Array:
             leaf = self.replace(**dict(zip(self.children, children)))
             scale, zero = leaf.params()
             codes = self.scheme.codes(leaf.weight, scale, zero)
             return self.scheme.values(codes, scale, zero, self.float_dtype)
+
+        def value(*children: Any) -> jax.Array:
+            # Under Explicit axes the range of a weight that is split along its inputs has no type.
+            return compat.auto_like(expand, children, children[0])
 
         # All that is traced goes in as an argument, so that this batches and differentiates.
         rounded = jax.custom_jvp(value)
@@ -126,7 +131,12 @@ class FakeQuantizedArray(CompressedArray):
         def straight_through(primals: Any, tangents: Any) -> Any:
             leaf, through = self.replace(**dict(zip(self.children, primals))), tangents[0]
             if leaf.scale is not None:
-                through = jnp.where(leaf.in_range(), through, jnp.zeros((), through.dtype))
+                inside = compat.auto_like(
+                    lambda *children: leaf.replace(**dict(zip(self.children, children))).in_range(),
+                    primals,
+                    primals[0],
+                )
+                through = jnp.where(inside, through, jnp.zeros((), through.dtype))
             return rounded(*primals), through.astype(self.float_dtype)
 
         return rounded(self.weight, self.scale, self.zero_point)

@@ -26,9 +26,18 @@ specs = [
     jc.chain(Rotate(), int8, QuantizeInput("int8", per="tensor")),
     jc.chain(int8, static),
     jc.chain(jc.Quantize("int4"), PACT("uint8")),
+    jc.chain(jc.FakeQuantize("int8"), PACT("uint8")),
 ]
-if kind == AxisType.Auto:  # the range of a weight that is split has no type on an Explicit mesh
-    specs += [jc.chain(jc.FakeQuantize("int8"), PACT("uint8"))]
+for range in ("dynamic", "static"):  # also where the weight is split along its inputs
+    spec = jc.FakeQuantize("int4", group_size=8, range=range)
+    loss = lambda leaf: jnp.sum(leaf.materialize() ** 2)
+    for name in dense:
+        here, small = (jc.compress(t, {"*": spec})[name] for t in (dense, there))
+        with jax.set_mesh(mesh):
+            found, grad = jax.jit(jax.value_and_grad(loss))(small)
+        value, expected = jax.value_and_grad(loss)(here)
+        np.testing.assert_allclose(found, value, rtol=1e-5)
+        np.testing.assert_array_equal(grad.weight, expected.weight)
 for spec in specs:
     here, small = (jc.compress(t, {"*": spec}, stats=stats) for t in (dense, there))
     for leaf in jax.tree.leaves(small):
