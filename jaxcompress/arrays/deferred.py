@@ -25,6 +25,7 @@ from jax import lax
 from jax.extend import core as jex
 
 from jaxcompress import compat
+from jaxcompress.arrays.convolution import with_ordered_convolutions
 
 
 def deferred(fun: Callable[..., Any], *args: Any) -> Any:
@@ -201,7 +202,7 @@ def _branch(*args, jaxpr):
     def never(*_):
         return [jnp.zeros(out.shape, out.dtype) for out in jaxpr.out_avals]
 
-    return lax.cond(taken, jex.jaxpr_as_fun(jaxpr), never, *args)
+    return lax.cond(taken, with_ordered_convolutions(jaxpr), never, *args)
 
 
 def _opaque_true(arrays: Sequence[jax.Array]) -> jax.Array | None:
