@@ -85,10 +85,9 @@ def full_range(w: jax.Array, scheme: Any) -> tuple[jax.Array, jax.Array]:
 
 def group_sums(x: jax.Array, scheme: Any) -> jax.Array:
     """The sum of what shares a scale, in the shape of the scales."""
-    x = jnp.sum(x, axis=scheme.axes[:-1], keepdims=True)
     if scheme.group is None:
-        x = jnp.sum(x, axis=scheme.axes[-1], keepdims=True)
-    else:
+        x = jnp.sum(x, axis=scheme.axes, keepdims=True)
+    else:  # the other axes keep scales of their own
         x = _windows(x, (scheme.axes[-1], scheme.group), jnp.sum)
     return x if scheme.block is None else _windows(x, scheme.block, jnp.sum)
 
@@ -99,11 +98,11 @@ def _windows(x: jax.Array, where: tuple[int, int], reduce: Callable[..., jax.Arr
     return reduce(_split(x, axis, size, 0.0), axis=x.ndim + axis + 1)
 
 
-def _split(x: jax.Array, axis: int, size: int, pad: float) -> jax.Array:
-    """An axis as two, of groups and of what is in them."""
+def _split(x: jax.Array, axis: int, size: int | None, pad: float) -> jax.Array:
+    """An axis as two, of groups and of what is in them; None: one group, even of nothing."""
     n, i = x.shape[axis], x.ndim + axis
-    size = max(1, min(size, n))
-    groups = -(-n // size)
+    size, groups = (max(1, n), 1) if size is None else (max(1, min(size, n)), None)
+    groups = -(-n // size) if groups is None else groups
     widths = [(0, groups * size - n if a == i else 0) for a in range(x.ndim)]
     x = jnp.pad(x, widths, constant_values=pad)
     return x.reshape(*x.shape[:i], groups, size, *x.shape[i + 1 :])
@@ -111,22 +110,21 @@ def _split(x: jax.Array, axis: int, size: int, pad: float) -> jax.Array:
 
 def _rows(x: jax.Array, scheme: Any, pad: float) -> jax.Array:
     """Weights with what shares a scale along the last axis, and the axes of the scales before."""
-    i, ndim = x.ndim + scheme.axes[-1], x.ndim
-    size = x.shape[i] if scheme.group is None else scheme.group
-    x = _split(x, scheme.axes[-1], size, pad)
-    parts = [i + 1]
+    sizes: dict[int, int | None] = dict.fromkeys(scheme.axes)
+    if scheme.group is not None:  # the other axes keep scales of their own
+        sizes = {scheme.axes[-1]: scheme.group}
     if scheme.block is not None:
-        j = ndim + scheme.block[0]
-        j += j > i
-        x = _split(x, j - x.ndim, scheme.block[1], pad)
-        parts = [p + (p > j) for p in parts] + [j + 1]
-    for a in scheme.axes[:-1]:
-        at = ndim + a
-        x = jnp.expand_dims(x, at + sum(p <= at for p in parts))
-        parts = [p + 1 if p > at else p for p in parts] + [at + 1]
-    kept = [a for a in range(x.ndim) if a not in parts]
-    x = jnp.transpose(x, (*kept, *parts))
-    return x.reshape(*x.shape[: len(kept)], -1)
+        sizes[scheme.block[0]] = scheme.block[1]
+    kept: list[int] = []
+    parts: list[int] = []
+    for axis in range(-x.ndim, 0):
+        at = len(kept) + len(parts)
+        kept.append(at)
+        if axis in sizes:
+            x = _split(x, axis, sizes[axis], pad)  # the axes behind keep their numbers
+            parts.append(at + 1)
+    shape = (*(x.shape[a] for a in kept), math.prod(x.shape[a] for a in parts))
+    return jnp.transpose(x, (*kept, *parts)).reshape(shape)
 
 
 def _best_of(
@@ -183,7 +181,8 @@ def _percentile(w: jax.Array, scheme: Any, p: float) -> tuple[jax.Array, jax.Arr
         low = jnp.floor(at).astype(jnp.int32)
         take = lambda i: jnp.take_along_axis(rows, i[..., None], axis=-1)[..., 0]
         below, above = take(low), take(jnp.ceil(at).astype(jnp.int32))
-        return (below + (at - low) * (above - below)).reshape(shape)
+        value = jnp.where(count.reshape(at.shape) > 0, below + (at - low) * (above - below), 0.0)
+        return value.reshape(shape)
 
     if scheme.symmetric:
         top = quantile(jnp.abs(x), p / 100)

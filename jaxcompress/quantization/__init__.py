@@ -22,6 +22,7 @@ from jaxcompress.quantization.activations import (
 )
 from jaxcompress.quantization.learned import (
     DSQ,
+    ELQ,
     INQ,
     LSQ,
     QIL,
@@ -36,6 +37,7 @@ from jaxcompress.quantization.learned import (
     LSQPlus,
     MultiBit,
     QuantNoise,
+    perturbed_loss,
     quantize_more,
     set_curvature,
 )
@@ -86,6 +88,7 @@ from jaxcompress.quantization.transforms import (
 __all__ = [
     "AWQ",
     "DSQ",
+    "ELQ",
     "GPTQ",
     "HQQ",
     "INQ",
@@ -135,6 +138,7 @@ __all__ = [
     "mse_range",
     "obq",
     "percentile_range",
+    "perturbed_loss",
     "quantize_gradient",
     "quantize_gradients",
     "quantize_more",

@@ -75,8 +75,8 @@ class Quantize(Spec):
         is the weight; it needs a key, `compress(..., key=key)`.
       scale_format: a format in which the scales themselves are stored, such as `uint8` or
         `fp8_e4m3`, under float32 scales of their own; None: in `scale_dtype`.
-      scale_group_size: scales along the input axis that share one of their own; None: all of a
-        weight.
+      scale_group_size: scales along the input axis that share one of their own; None: all from the
+        first input axis on, which is all of a kernel, and one row of a table whose inputs are last.
 
     Raises:
       SpecError: for an unknown format, axis, convention, estimator or rounding, for what does not

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import jaxcompress as jc
 from jaxcompress.arrays.formats import code_format
 from jaxcompress.arrays.ranges import laplace_clip, normal_clip
+from jaxcompress.arrays.scheme import Scheme
 
 FORMATS = [
     "int1", "int2", "int5", "int8", "uint1", "uint3", "binary", "ternary", "pow2_3", "pow2_4",
@@ -330,3 +331,34 @@ def test_presets_are_what_they_stand_for():
 def test_what_does_not_go_together_says_what_to_write(make, text):
     with pytest.raises(jc.SpecError, match=text):
         make()
+
+
+def test_estimators_of_groups_along_one_of_several_axes_choose_for_each_group():
+    # With groups the other axes keep scales of their own: a kernel is its slices.
+    w = weight(2, 3, 8, 4)
+    for estimator in ("mse", "percentile:90"):
+        spec = jc.Quantize("int3", group_size=4, estimator=estimator, axis=(0, 1, 2))
+        found = spec(w)
+        assert found.scale.shape == (2, 3, 2, 4)
+        one = jc.Quantize("int3", group_size=4, estimator=estimator, axis=-2)(w.reshape(6, 8, 4))
+        np.testing.assert_array_equal(found.materialize().reshape(6, 8, 4), one.materialize())
+
+
+@pytest.mark.parametrize("name", ["ternary", "int4"])
+@pytest.mark.parametrize("group", [None, 2])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_estimators_of_nothing(name, group, shape):
+    spec = jc.Quantize(name, estimator="percentile:95", group_size=group)
+    leaf = spec(jnp.zeros(shape))
+    assert leaf.materialize().shape == shape
+    plain = jc.Quantize(name, estimator="min_max", group_size=group)(jnp.zeros(shape))
+    assert leaf.scale.shape == plain.scale.shape
+    assert jc.Quantize(name, estimator="mse", group_size=group)(jnp.zeros(shape)).shape == shape
+
+
+def test_the_order_of_axes_is_of_no_matter_to_a_scale():
+    w = weight(2, 5, 3)
+    first, second = (
+        Scheme("ternary", axes, scale_dtype="float32").scales(w)[0] for axes in ((-1, -2), (-2, -1))
+    )
+    np.testing.assert_array_equal(first, second)

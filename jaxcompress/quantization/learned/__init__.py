@@ -13,8 +13,10 @@ from jaxcompress.quantization.learned.binary import (
     set_curvature,
 )
 from jaxcompress.quantization.learned.dsq import DSQ, DSQArray
+from jaxcompress.quantization.learned.elq import ELQ, ELQArray, perturbed_loss
 from jaxcompress.quantization.learned.fixed import WRPN, DoReFa, DoReFaArray, WRPNArray
-from jaxcompress.quantization.learned.inq import INQ, INQArray, quantize_more
+from jaxcompress.quantization.learned.incremental import IncrementalArray, quantize_more
+from jaxcompress.quantization.learned.inq import INQ, INQArray
 from jaxcompress.quantization.learned.lsq import LSQ, LSQArray, LSQPlus, LSQPlusArray
 from jaxcompress.quantization.learned.multibit import MultiBit, MultiBitArray
 from jaxcompress.quantization.learned.noise import QuantNoise, QuantNoiseArray
@@ -23,6 +25,7 @@ from jaxcompress.quantization.learned.ternary import TTQ, TWN, BitNet, TernaryAr
 
 __all__ = [
     "DSQ",
+    "ELQ",
     "INQ",
     "LSQ",
     "QIL",
@@ -36,7 +39,9 @@ __all__ = [
     "DSQArray",
     "DoReFa",
     "DoReFaArray",
+    "ELQArray",
     "INQArray",
+    "IncrementalArray",
     "LSQArray",
     "LSQPlus",
     "LSQPlusArray",
@@ -50,6 +55,7 @@ __all__ = [
     "TTQArray",
     "TernaryArray",
     "WRPNArray",
+    "perturbed_loss",
     "quantize_more",
     "set_curvature",
 ]

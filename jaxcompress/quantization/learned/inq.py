@@ -9,15 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import affine
-from jaxcompress.arrays.base import CompressedArray, is_compressed, register_array
-from jaxcompress.errors import CompressError
+from jaxcompress.arrays.base import register_array
 from jaxcompress.numerics import divide, unit_scale
-from jaxcompress.pruning.select import top_mask
-from jaxcompress.quantization.learned.base import LearnedArray
+from jaxcompress.quantization.learned.incremental import IncrementalArray
 from jaxcompress.quantization.learned.spec import Layout, LearnedSpec, check_bits
-from jaxcompress.quantization.learned.straight import straight_through
-from jaxcompress.specs import is_number, register_spec
+from jaxcompress.specs import register_spec
 
 
 @register_array(
@@ -26,7 +22,7 @@ from jaxcompress.specs import is_number, register_spec
     static=("axes", "group_size", "bits", "scale_dtype", "float_dtype"),
     trainable=("weight",),
 )
-class INQArray(LearnedArray):
+class INQArray(IncrementalArray):
     """A weight of which a part is fixed at powers of two, and the rest is trained.
 
     A fixed weight is what its code says, whatever an optimizer does to `weight` in its place, and
@@ -49,6 +45,7 @@ class INQArray(LearnedArray):
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from jaxcompress.quantization import quantize_more
       >>> leaf = INQ(3)(jnp.array([1.1, -0.6, 0.3, 0.01]))
       >>> quantize_more(leaf, 0.5).materialize().tolist()
       [1.0, -0.5, 0.30000001192092896, 0.009999999776482582]
@@ -64,33 +61,9 @@ class INQArray(LearnedArray):
     scale_dtype: np.dtype
     float_dtype: np.dtype
 
-    def grid(self) -> Any:
-        """All weights as powers of two: the fixed ones as they are, the others as they would be."""
-        name = f"pow2_{self.bits}"
-        codes = affine.quantize(self.weight, self.scale, None, name, axes=self.axes)
-        return self.coded(jnp.where(self.mask, self.codes, codes), self.scale, name)
-
-    def proxy(self) -> jax.Array:
-        return jnp.where(self.mask, 0.0, self.wide())
-
-    def materialize(self, key: jax.Array | None = None) -> jax.Array:
-        fixed = jax.tree.map(jax.lax.stop_gradient, self)
-        free = fixed.weight.astype(self.float_dtype)
-        hard = jnp.where(self.mask, fixed.grid().materialize(), free)
-        return straight_through(hard, self.proxy().astype(self.float_dtype))
-
-    def more(self, share: Any) -> INQArray:
-        """The leaf with that share of its weights fixed."""
-        batch = self.batch_ndim
-        size = self.size // max(1, int(np.prod(self.shape[:batch], dtype=np.int64)))
-        count = jnp.round(jnp.asarray(share, jnp.float32) * size).astype(jnp.uint32)
-        choose = lambda scores: top_mask(scores, count)
-        for _ in range(batch):
-            choose = jax.vmap(choose)
-        mask = choose(jnp.where(self.mask, jnp.inf, jnp.abs(self.wide()))) | self.mask
-        grid = self.grid()
-        weight = jnp.where(mask, grid.materialize().astype(self.weight.dtype), self.weight)
-        return self.replace(weight=weight, mask=mask, codes=grid.codes)
+    @property
+    def code_format(self) -> str:
+        return f"pow2_{self.bits}"
 
     def describe(self) -> str:
         return f"inq {self.bits} bits"
@@ -121,6 +94,7 @@ class INQ(LearnedSpec):
 
     Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
+      >>> from jaxcompress.quantization import quantize_more
       >>> params = jc.compress({"w": jnp.eye(4)}, {"w": INQ(5)})
       >>> for share in (0.5, 0.75, 0.875, 1.0):
       ...     params = quantize_more(params, share)  # and train for a while
@@ -135,52 +109,21 @@ class INQ(LearnedSpec):
         check_bits(self.bits)
 
     def make(self, weight: jax.Array, layout: Layout, key: jax.Array | None) -> INQArray:
-        w = weight.astype(jnp.float32)
-        most = jnp.max(jnp.abs(w), layout.axes, keepdims=True, initial=0.0)
-        most = jnp.minimum(most, float(jnp.finfo(jnp.float32).max) / 4)
-        scale, _ = unit_scale(divide(4 * most, 3.0))
-        held = 2.0 ** (int(jnp.finfo(weight.dtype).maxexp) - 1)  # the dtype's largest power of two
-        scale = jnp.where(most == 0, 1.0, jnp.minimum(scale, held))
+        scale = top_power(weight, layout.axes)
         mask = jnp.zeros(weight.shape, bool)
         codes = jnp.zeros(weight.shape, jnp.uint8)
         return INQArray(weight, mask, codes, scale, bits=self.bits, **layout.fields())
 
 
-def quantize_more(tree: Any, share: float | jax.Array) -> Any:
-    """Fixes weights of `INQ` leaves, the largest first, until a share of each leaf is fixed.
-
-    Pure and jittable. What is fixed stays fixed; a share below that of the last call does nothing.
-
-    Args:
-      tree: any tree, with `INQ` leaves.
-      share: from 0 to 1; the number is `round(share n)` for each weight of a stack.
-
-    Returns:
-      The same tree with more weights fixed.
-
-    Raises:
-      CompressError: for another share, or when there is no such leaf.
+def top_power(weight: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`2**floor(log2(4 max|w| / 3))` over what shares a scale, float32; 1 for zeros alone.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> quantize_more(INQ()(jnp.array([1.0, 3.0])), 0.5).mask.tolist()
-      [False, True]
+      >>> float(top_power(jnp.array([1.49, -0.2]), (-1,))[0])
+      1.0
     """
-    if not isinstance(share, jax.Array) and not is_number(share, 0, 1):
-        raise CompressError(f"share={share!r}: write a number from 0 to 1")
-    found = False
-
-    def fix(leaf: Any) -> Any:
-        nonlocal found
-        if isinstance(leaf, INQArray):
-            found = True
-            return leaf.more(share)
-        if not isinstance(leaf, CompressedArray):
-            return leaf
-        inner = {name: getattr(leaf, name) for name in leaf.children}
-        return leaf.replace(**{name: fix(child) for name, child in inner.items()})
-
-    out = jax.tree.map(fix, tree, is_leaf=is_compressed)
-    if not found:
-        raise CompressError("no leaf is quantized by and by; put in INQ() with compress")
-    return out
+    most = jnp.max(jnp.abs(weight.astype(jnp.float32)), axes, keepdims=True, initial=0.0)
+    most = jnp.minimum(most, float(jnp.finfo(jnp.float32).max) / 4)
+    scale, _ = unit_scale(divide(4 * most, 3.0))
+    held = 2.0 ** (int(jnp.finfo(weight.dtype).maxexp) - 1)  # the dtype's largest power of two
+    return jnp.where(most == 0, 1.0, jnp.minimum(scale, held))
