@@ -168,7 +168,9 @@ def sparsify(
 
         def choose(masks: Any, own: Any, i: Any, step: Any, weights: Any, full: Any) -> Any:
             # Tied to the turn of the loop, or a compiler would take the search out of it.
-            _, step, w, g = lax.optimization_barrier((i, step, weights, full))
+            _, step, w = lax.optimization_barrier((i, step, weights))
+            # Apart from the weights: where nobody looks at gradients, the loop does not hold them.
+            _, g = lax.optimization_barrier((i, full))
             ends = (schedule.initial, schedule.final)
             counts = choice.counts(ends, lambda first, last: schedule.kept(first, last, step))
             moment = Moment(w, g, masks, counts, step, step == schedule.begin)
