@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import jaxcompress as jc
 from jaxcompress import SpecError
+from jaxcompress.layerwise.hessian import hessian
 from jaxcompress.pruning import kept_count
 from jaxcompress.pruning.solvers import reconstruct, sparsegpt
-from jaxcompress.layerwise.hessian import hessian
 from jaxcompress.pruning.solvers.sparsegpt import Options, solve
 
 EPS = float(np.finfo(np.float32).eps)
