@@ -102,8 +102,8 @@ class ELQ(LearnedSpec):
 
     `quantize_more(params, share, grads)` fixes those of the largest score
     `|w| / mean|w| - harm h / mean h` with `h = |dL/dw (w_hat - w)|`, the change of the loss to
-    first order when that weight alone is rounded. So both magnitude and loss count; the paper
-    says that they do, the sum is ours. Without gradients the magnitude alone counts.
+    first order when that weight alone is rounded. Both are to count; so far the method
+    goes, and the sum is ours. Without gradients the magnitude alone counts.
 
     The grid: `ternary` and `binary` have the scale of least squared error; powers of two that of
     `INQ`. It is settled when the leaf is made. `finalize` fixes all that is left. A pruned weight
