@@ -168,13 +168,15 @@ def sparsify(
 
         def choose(masks: Any, own: Any, i: Any, step: Any, weights: Any, full: Any) -> Any:
             # Tied to the turn of the loop, or a compiler would take the search out of it.
-            _, step, w = lax.optimization_barrier((i, step, weights))
+            _, step, w, held = lax.optimization_barrier((i, step, weights, own))
             # Apart from the weights: where nobody looks at gradients, the loop does not hold them.
             _, g = lax.optimization_barrier((i, full))
             ends = (schedule.initial, schedule.final)
             counts = choice.counts(ends, lambda first, last: schedule.kept(first, last, step))
             moment = Moment(w, g, masks, counts, step, step == schedule.begin)
-            new, own = algorithm.choose(choice, moment, own)
+            new, after = algorithm.choose(choice, moment, held)
+            # What the algorithm leaves as it was is handed on in place.
+            own = jax.tree.map(lambda a, h, o: o if a is h else a, after, held, own)
             return new, own, jnp.stack([has_nan(x) for x in w])
 
         def turn(i: jax.Array, carried: Any) -> Any:
