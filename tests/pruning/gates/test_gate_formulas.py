@@ -207,7 +207,7 @@ def test_errors_say_what_to_write():
     params = {"kernel": jnp.ones((4, 4))}
     for spec, words in (
         (gates.L0HardConcrete("2:4"), "kernel.*no groups"),
-        (gates.Horseshoe("rows"), "kernel.*no pattern"),
+        (gates.Horseshoe("rows"), "kernel.*pattern='rows'"),
         (gates.EdgePopup(0.5, scores="random"), "kernel.*need a key"),
     ):
         with pytest.raises(jc.SpecError, match=words):
