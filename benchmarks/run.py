@@ -3,7 +3,8 @@
     python benchmarks/run.py [--quick] [--json PATH] [NAME ...]
 
 Names are those of the files beside this one: imports, quantize, kmeans, selection, forward, memory,
-sparsify, fake_quantize, observe, coding, command_line, one_shot, lenet_pruning, mnist, minilm.
+sparsify, fake_quantize, observe, coding, command_line, one_shot, lenet_pruning, mnist, minilm,
+low_bits, image_model, language_model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ HERE = Path(__file__).parent
 NAMES = (
     "imports", "quantize", "kmeans", "selection", "forward", "memory", "sparsify", "fake_quantize",
     "observe", "coding", "command_line", "one_shot", "lenet_pruning", "mnist", "minilm",
+    "low_bits", "image_model", "language_model",
 )  # fmt: skip
 # Where pages happen to lie moves a memory-bound program by a tenth from one process to the next,
 # so these run in several, and the median ratio of each row counts.
