@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress.errors import SpecError
+from jaxcompress.layerwise.factor import cholesky, upper_inverse
 from jaxcompress.numerics import unit_scale
 from jaxcompress.specs import is_number
 
@@ -93,8 +94,8 @@ def hessian(gram: jax.Array, damping: float | jax.Array) -> Hessian:
     def attempt(state: Any) -> Any:
         following, *_ = state
         matrix = damped(following)
-        root = lax.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
-        factor = lax.linalg.triangular_solve(root, eye, left_side=True, lower=False)
+        root = cholesky(matrix[::-1, ::-1])[::-1, ::-1]
+        factor = upper_inverse(root)
         condition = jnp.sum(factor**2, axis=0) * jnp.diagonal(matrix)
         sound = jnp.all(condition < 1 / (4 * jnp.finfo(jnp.float32).eps))  # false for NaN
         return jnp.maximum(10 * following, _LEAST), following, factor, sound

@@ -31,6 +31,20 @@ class Sweep:
     span: int = 1
     choose: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
+    @property
+    def piece(self) -> int:
+        """Rows of a block that are updated one by one, the rest of it in one product after them.
+
+        So that the rows that are written again and again stay in the nearest cache.
+        """
+        group = self.rounding.group or 1
+
+        def fits(n: int) -> bool:
+            spans = n % self.span == 0 or self.span == self.block
+            return self.block % n == 0 and spans and (n % group == 0 or group % n == 0)
+
+        return next((n for n in (32, 16, 64) if n < self.block and fits(n)), self.block)
+
 
 class Fixed(NamedTuple):
     """Scales that were settled before: `[groups, N]`, and the group of each row, int32 `[K]`."""
@@ -74,13 +88,9 @@ def sweep(
     def block(b: Any, state: Any) -> Any:
         x, done = state
         start = b * size
-        cut = lambda y: lax.dynamic_slice_in_dim(y, start, size)
-        rows = cut(factor)
-        inner = lax.dynamic_slice_in_dim(rows, start, size, axis=1)
-        here = None if fixed is None else fixed._replace(group=cut(fixed.group))
-        apart = None if exact is None else cut(exact)
-        part = _Part(cut(x), inner, cut(real), cut(given), apart, counts[b], first, here)
+        part = _Part(x, factor, real, given, exact, counts[b], first, fixed).cut(start, size)
         errors, found = _sweep_block(part, how)
+        rows = lax.dynamic_slice_in_dim(factor, start, size)
         # All blocks behind at once; the factor is zero before this block.
         behind = jnp.where(jnp.arange(tall) >= start + size, rows, 0.0)
         x = x - jnp.matmul(behind.T, errors, precision=lax.Precision.HIGHEST)
@@ -111,6 +121,15 @@ class _Part(NamedTuple):
     wanted: jax.Array
     scales: Scales
     fixed: Fixed | None
+
+    def cut(self, start: Any, size: int) -> _Part:
+        """Some of the rows."""
+        some = lambda y: lax.dynamic_slice_in_dim(y, start, size)
+        fixed = self.fixed and self.fixed._replace(group=some(self.fixed.group))
+        factor = lax.dynamic_slice(self.factor, (start, start), (size, size))
+        exact = None if self.exact is None else some(self.exact)
+        x, real, given = some(self.x), some(self.real), some(self.given)
+        return _Part(x, factor, real, given, exact, self.wanted, self.scales, fixed)
 
 
 @jax.tree_util.register_dataclass
@@ -144,37 +163,72 @@ class _Rows:
 
 def _sweep_block(part: _Part, how: Sweep) -> tuple[jax.Array, _Rows]:
     """One block: `(w_c - q_c) / U_cc` of each row, and what was made of it."""
+    size, group = how.piece, how.rounding.group
+    if size == how.block:
+        errors, done, _ = _sweep_rows(part, how)
+        return errors, done
+    index, inner, given = jnp.arange(how.block), dataclasses.replace(how, block=size), part.given
+    if how.choose is not None and how.span == how.block:
+        given, inner = _chosen(part, how, 0), dataclasses.replace(inner, span=1, choose=None)
+    tall = group is not None and group > size and part.fixed is None
+    if tall:
+        inner = dataclasses.replace(inner, rounding=dataclasses.replace(how.rounding, group=None))
+
+    def piece(p: Any, state: Any) -> Any:
+        x, errors, done, scales = state
+        start = p * size
+        now = part._replace(x=x, given=given, scales=scales)
+        if tall:
+            now = now._replace(scales=_scales_at(now, how, start, scales))
+        found_errors, found, scales = _sweep_rows(now.cut(start, size), inner)
+        rows = lax.dynamic_slice_in_dim(part.factor, start, size)
+        behind = jnp.where(index >= start + size, rows, 0.0)
+        x = x - jnp.matmul(behind.T, found_errors, precision=lax.Precision.HIGHEST)
+        put = lambda all, some: lax.dynamic_update_slice_in_dim(all, some, start, axis=0)
+        return x, put(errors, found_errors), jax.tree.map(put, done, found), scales
+
+    empty = _Rows.like(part.x, how.rounding, part.scales, part.fixed)
+    state = (part.x, jnp.zeros_like(part.x), empty, part.scales)
+    _, errors, done, _ = lax.fori_loop(0, how.block // size, piece, state)
+    return errors, done
+
+
+def _chosen(part: _Part, how: Sweep, start: Any) -> jax.Array:
+    """Which weights of the next rows stay, by |w_c| / U_cc; what is not real the last."""
+    cut = lambda y: lax.dynamic_slice_in_dim(y, start, how.span)
+    if how.choose is None:
+        return cut(part.given)
+    scores = jnp.abs(cut(part.x)) / cut(jnp.diagonal(part.factor))[:, None]
+    return how.choose(jnp.where(cut(part.real)[:, None], scores, -1.0), part.wanted)
+
+
+def _scales_at(part: _Part, how: Sweep, i: Any, before: Scales) -> Scales:
+    """The scales of row i, new ones where a group begins."""
+    group = how.rounding.group
+    if part.fixed is not None:
+        mine = part.fixed.group[i]
+        return jax.tree.map(lambda y: lax.dynamic_slice_in_dim(y, mine, 1), part.fixed.scales)
+    if group is None:
+        return before
+    cut = lambda y: lax.dynamic_slice_in_dim(y, i, group)
+    rows = lambda x: cut(x) if part.exact is None else jnp.where(cut(part.exact), 0.0, cut(x))
+    new = lambda: how.rounding.scales(rows(part.x), cut(jnp.diagonal(part.factor)))
+    return lax.cond(i % group == 0, new, lambda: before)
+
+
+def _sweep_rows(part: _Part, how: Sweep) -> tuple[jax.Array, _Rows, Scales]:
+    """Some rows, each of which updates those that follow; and the scales of the last."""
     pivots, index = jnp.diagonal(part.factor), jnp.arange(how.block)
     row_of = lambda y, i: lax.dynamic_index_in_dim(y, i, keepdims=False)
 
-    def choose(x: jax.Array, start: Any) -> jax.Array:
-        """Which weights of the next rows stay, by |w_c| / U_cc; what is not real the last."""
-        cut = lambda y: lax.dynamic_slice_in_dim(y, start, how.span)
-        if how.choose is None:
-            return cut(part.given)
-        scores = jnp.abs(cut(x)) / cut(pivots)[:, None]
-        return how.choose(jnp.where(cut(part.real)[:, None], scores, -1.0), part.wanted)
-
-    def scales_at(x: jax.Array, i: Any, before: Scales) -> Scales:
-        group = how.rounding.group
-        if part.fixed is not None:
-            mine = part.fixed.group[i]
-            return jax.tree.map(lambda y: lax.dynamic_slice_in_dim(y, mine, 1), part.fixed.scales)
-        if group is None:
-            return before
-        cut = lambda y: lax.dynamic_slice_in_dim(y, i, group)
-        rows = lambda: cut(x) if part.exact is None else jnp.where(cut(part.exact), 0.0, cut(x))
-        new = lambda: how.rounding.scales(rows(), cut(pivots))
-        return lax.cond(i % group == 0, new, lambda: before)
-
     def some(s: Any, state: Any) -> Any:
         start = s * how.span
-        keep = choose(state[0], start)
+        keep = _chosen(part._replace(x=state[0]), how, start)
 
         def row(r: Any, state: Any) -> Any:
             x, errors, done, scales = state
             i = start + r
-            scales = scales_at(x, i, scales)
+            scales = _scales_at(part._replace(x=x), how, i, scales)
             old, kept = row_of(x, i), row_of(keep, r)
             if part.exact is None:
                 new, codes = how.rounding.store(old, kept, scales)
@@ -193,5 +247,5 @@ def _sweep_block(part: _Part, how: Sweep) -> tuple[jax.Array, _Rows]:
 
     empty = _Rows.like(part.x, how.rounding, part.scales, part.fixed)
     state = (part.x, jnp.zeros_like(part.x), empty, part.scales)
-    _, errors, done, _ = lax.fori_loop(0, how.block // how.span, some, state)
-    return errors, done
+    _, errors, done, scales = lax.fori_loop(0, how.block // how.span, some, state)
+    return errors, done, scales

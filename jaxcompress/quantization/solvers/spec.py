@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxcompress.arrays.affine import int_format
 from jaxcompress.arrays.base import is_compressed
 from jaxcompress.errors import SpecError
 from jaxcompress.layerwise.folding import Folding
+from jaxcompress.layerwise.hessian import Solution
 from jaxcompress.layerwise.leaf import fitted_folding, on_matrices, quantized_leaf
 from jaxcompress.quantization.solvers.adaround import Learning
 from jaxcompress.quantization.solvers.adaround import solve as learn
@@ -76,6 +78,12 @@ class _LayerPlan(Plan):
         raise SpecError(f"{self.path}: {name} needs statistics; call the spec, not its plan")
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def codes_alone(w: jax.Array, gram: jax.Array, options: Options, run: int) -> Solution:
+    """`solve` without the error, which takes as long as a fifth of the rest."""
+    return solve(w, gram, options, run)._replace(error=None)
+
+
 @register_spec("gptq")
 @dataclasses.dataclass(frozen=True, repr=False)
 class GPTQ(LayerSpec):
@@ -134,7 +142,7 @@ class GPTQ(LayerSpec):
 
     def solved(self, w: jax.Array, gram: jax.Array, how: Folding, context: LeafContext) -> Any:
         """The leaf of the codes."""
-        found = solve(w, gram, self.options(), how.inputs[-1])
+        found = codes_alone(w, gram, self.options(), how.inputs[-1])
         return quantized_leaf(found, how, self.plain())
 
 

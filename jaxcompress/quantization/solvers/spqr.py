@@ -12,7 +12,7 @@ from jaxcompress.layerwise.folding import Folding
 from jaxcompress.layerwise.hessian import Solution, check_finite, check_shapes
 from jaxcompress.layerwise.leaf import quantized_leaf, sparse_leaf
 from jaxcompress.quantization.solvers.gptq import Options, check_format, solve
-from jaxcompress.quantization.solvers.spec import GPTQ
+from jaxcompress.quantization.solvers.spec import GPTQ, codes_alone
 from jaxcompress.quantization.spec import Quantize
 from jaxcompress.specs import LeafContext, register_spec
 
@@ -125,7 +125,7 @@ class SpQR(GPTQ):
 
     def solved(self, w: jax.Array, gram: jax.Array, how: Folding, context: LeafContext) -> Any:
         """The sum of the codes and of what is kept."""
-        found = solve(w, gram, self.options(), how.inputs[-1])
+        found = codes_alone(w, gram, self.options(), how.inputs[-1])
         codes = quantized_leaf(found, how, self.plain())
         if found.mask is None:  # none at all
             return codes

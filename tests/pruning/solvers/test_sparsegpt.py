@@ -93,6 +93,21 @@ def test_the_published_algorithm(asked, literal):
     assert float(found.error) == pytest.approx(error, rel=24 * EPS * 24)
 
 
+@pytest.mark.parametrize(
+    ("asked", "literal"),
+    [({"sparsity": 0.5}, {"counts": [192, 192]}), ({"pattern": "2:4"}, {"pattern": (2, 4)})],
+    ids=["unstructured", "2:4"],
+)
+@pytest.mark.slow
+def test_pieces_of_a_block_change_nothing(asked, literal):
+    """The weights of a block of 64 are compared at once, and its rows done 32 at a time."""
+    w, gram = problem(128, 6, samples=1000)
+    found = sparsegpt(jnp.asarray(w), jnp.asarray(gram), damping=0.01, block_size=64, **asked)
+    want, kept = reference(w, gram, block=64, damping=0.01, **literal)
+    np.testing.assert_array_equal(found.mask, kept)
+    np.testing.assert_allclose(found.weight, want, atol=1e-3)
+
+
 @pytest.mark.slow
 def test_rounding_to_bfloat16_is_an_error_that_others_make_up_for():
     w, gram = problem(64, 16)
