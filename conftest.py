@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
+
+# The first example compiles; how long that takes is no property of the code.
+hypothesis.settings.register_profile("jaxcompress", deadline=None)
+hypothesis.settings.load_profile("jaxcompress")
 
 _MAPS = Path("/proc/self/maps")
 # Linux allows a process 65,530 mappings, and each compiled program takes a few: beyond that, XLA

@@ -24,13 +24,52 @@ def unit_scale(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
       >>> [float(x) for x in unit_scale(jnp.float32(5.0))]
       [4.0, 0.25]
     """
-    exponent = jax.lax.bitcast_convert_type(largest.astype(jnp.float32), jnp.uint32) >> 23
-    exponent = jnp.clip(exponent, 1, 253)
+    exponent = jnp.clip(exponent_of(largest.astype(jnp.float32)), -126, 126)
+    return power_of_two(exponent), power_of_two(-exponent)
 
-    def power(exponent: jax.Array) -> Any:
-        return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
-    return power(exponent), power(254 - exponent)
+def exponent_of(x: jax.Array) -> jax.Array:
+    """`floor(log2(x))` of float32 that is not negative, exactly; -127 for zero and subnormal ones.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> exponent_of(jnp.array([1.0, 7.9, 0.0])).tolist()
+      [0, 2, -127]
+    """
+    return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
+
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """`2.0**exponent` in float32, exactly, for exponents from -126 to 127; zero for -127.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> power_of_two(jnp.array([-1, 3])).tolist()
+      [0.5, 8.0]
+    """
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def in_groups(x: jax.Array, axis: int, size: int | None, fill: float = 0.0) -> jax.Array:
+    """An axis as two, of groups and of what is in them; the last one filled up where it is short.
+
+    Args:
+      x: any array.
+      axis: the axis, negative.
+      size: values in a group, at most all; None: one group of all, even if there are none.
+      fill: what is put where there is nothing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> in_groups(jnp.arange(1, 6), -1, 2).tolist()
+      [[1, 2], [3, 4], [5, 0]]
+    """
+    n, i = x.shape[axis], x.ndim + axis
+    groups, size = (1, max(1, n)) if size is None else (None, max(1, min(size, n)))
+    groups = -(-n // size) if groups is None else groups
+    widths = [(0, groups * size - n if a == i else 0) for a in range(x.ndim)]
+    x = jnp.pad(x, widths, constant_values=fill)
+    return x.reshape(*x.shape[:i], groups, size, *x.shape[i + 1 :])
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:

@@ -289,14 +289,14 @@ def check(base, following, shape, dtype, program):
         np.testing.assert_allclose(ours.astype(jnp.float32), dense, atol=bound, rtol=0)
 
 
-@settings(deadline=None, max_examples=15, derandomize=True, database=None)
+@settings(max_examples=15, derandomize=True, database=None)
 @examples
 def test_a_random_program_runs_as_on_the_decompressed_tree(**drawn):
     check(**drawn)
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=600, database=None)
+@settings(max_examples=600, database=None)
 @examples
 def test_many_random_programs_run_as_on_the_decompressed_tree(**drawn):
     check(**drawn)

@@ -87,7 +87,7 @@ def test_contractions_of_a_matrix_on_either_side(form, equation):
 letters = st.permutations(["a", "b", "c", "d"])
 
 
-@settings(deadline=None, max_examples=5, derandomize=True)
+@settings(max_examples=5, derandomize=True)
 @given(
     letters, st.integers(0, 2), st.integers(0, 2), st.sampled_from(sorted(SPECS)),
     st.booleans(), st.tuples(*[st.integers(1, 5)] * 5),

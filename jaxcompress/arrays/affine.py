@@ -21,11 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from jaxcompress.arrays.base import materialize
 from jaxcompress.arrays.formats import Format, IntFormat, code_format, int_format, round_codes
 from jaxcompress.errors import SpecError
-from jaxcompress.numerics import divide, rounded
+from jaxcompress.numerics import divide, exponent_of, power_of_two, rounded
 
 CONVENTIONS = ("absmax", "full", "no_clip", "power_of_two")
 
@@ -150,7 +150,7 @@ def params_of_range(
         assert isinstance(fmt, IntFormat)
         # Halved, for the difference of the largest floats is none; the bits are the same.
         wanted = 2 * divide(hi / 2 - lo / 2, levels)
-        scale = _values(store(wanted, None))
+        scale = materialize(store(wanted, None))
         zero = fmt.qmin - divide(lo, scale.astype(jnp.float32))
         zero = jnp.round(jnp.clip(zero, fmt.qmin, fmt.qmax))
         limit = largest / jnp.maximum(fmt.qmax - zero, zero - fmt.qmin)
@@ -159,7 +159,7 @@ def params_of_range(
     if convention == "power_of_two":
         # The largest value falls into the highest binade of the format, and may be clipped there.
         highest = math.floor(math.log2(top))
-        scale = _binade(jnp.maximum(-lo, hi)) * 2.0**-highest
+        scale = power_of_two(exponent_of(jnp.maximum(-lo, hi))) * 2.0**-highest
     elif convention == "no_clip" and isinstance(fmt, IntFormat):
         scale = jnp.maximum(divide(-lo, -fmt.qmin), divide(hi, fmt.qmax))
     elif convention == "full" and isinstance(fmt, IntFormat):
@@ -373,17 +373,6 @@ def _narrow(fmt: IntFormat, narrow: bool) -> bool:
 def _safe(scale: jax.Array) -> jax.Array:
     """A scale to divide by: codes under a scale of zero are of no matter, if they are no NaN."""
     return jnp.where(scale == 0, jnp.ones_like(scale), scale)
-
-
-def _values(scale: Any) -> jax.Array:
-    return scale.materialize() if hasattr(scale, "materialize") else scale
-
-
-def _binade(x: jax.Array) -> jax.Array:
-    """The greatest power of two that is at most x, float32; zero for subnormal numbers."""
-    return lax.bitcast_convert_type(
-        lax.bitcast_convert_type(x, jnp.uint32) & 0x7F800000, jnp.float32
-    )
 
 
 def _once(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from jaxcompress import compat
 from jaxcompress.arrays import affine
 from jaxcompress.arrays.base import CompressedArray, materialize, narrows, register_array
 from jaxcompress.arrays.grid import GridArray
+from jaxcompress.numerics import in_groups
 
 
 @functools.lru_cache
@@ -145,13 +146,11 @@ def block_shares(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Arr
       [[4.0, 2.0], [0.25, -1.0, 1.0]]
     """
     i, n = x.ndim + axis, x.shape[axis]
-    pad = [(0, 0)] * x.ndim
-    pad[i] = (0, -n % size)
-    wide = jnp.pad(x, pad)
-    blocks = wide.reshape(*x.shape[:i], -(-n // size), size, *x.shape[i + 1 :])
+    blocks = in_groups(x, axis, size)
     largest = jnp.max(jnp.abs(blocks), axis=i + 1, keepdims=True)
     shares = blocks / jnp.where(largest == 0, 1, largest)
-    shares = jax.lax.slice_in_dim(shares.reshape(wide.shape), 0, n, axis=i)
+    wide = shares.reshape(*x.shape[:i], -1, *x.shape[i + 1 :])
+    shares = jax.lax.slice_in_dim(wide, 0, n, axis=i)
     return jnp.squeeze(largest, i + 1), shares
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from jaxcompress.errors import SpecError
+from jaxcompress.numerics import exponent_of, power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +164,7 @@ class MiniFloat(Format):
         size = jnp.minimum(jnp.abs(x), self.largest)
         # The steps between values are `2**(e - mantissa)` from `2**e` to twice that, and do not
         # shrink below `2**least`.
-        step = _power(jnp.maximum(_exponent(size), self.least) - self.mantissa)
+        step = power_of_two(jnp.maximum(exponent_of(size), self.least) - self.mantissa)
         units = size / step  # exact: a power of two
         whole = jnp.round(units) if noise is None else jnp.floor(units + noise)
         size = jnp.minimum(whole * step, self.largest)
@@ -319,13 +320,3 @@ def round_codes(x: jax.Array, noise: jax.Array | None = None) -> jax.Array:
     if noise is not None:
         x = jnp.floor(x + noise)
     return lax.bitcast_convert_type(x + jnp.float32(1.5 * 2**23), jnp.int32)
-
-
-def _exponent(x: jax.Array) -> jax.Array:
-    """`floor(log2(x))` of normal positive float32, -127 for zero and subnormal ones."""
-    return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
-
-
-def _power(exponent: jax.Array) -> jax.Array:
-    """`2.0**exponent` for -126 to 127, exactly."""
-    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

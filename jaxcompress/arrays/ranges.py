@@ -21,6 +21,7 @@ import numpy as np
 from jaxcompress.arrays import affine
 from jaxcompress.arrays.formats import IntFormat
 from jaxcompress.errors import SpecError
+from jaxcompress.numerics import in_groups
 
 NAMES = "min_max, percentile:99.9 (or another number), mse, aciq"
 
@@ -95,17 +96,7 @@ def group_sums(x: jax.Array, scheme: Any) -> jax.Array:
 def _windows(x: jax.Array, where: tuple[int, int], reduce: Callable[..., jax.Array]) -> jax.Array:
     """A reduction, for which zero is neutral, over so many neighbours along an axis."""
     axis, size = where
-    return reduce(_split(x, axis, size, 0.0), axis=x.ndim + axis + 1)
-
-
-def _split(x: jax.Array, axis: int, size: int | None, pad: float) -> jax.Array:
-    """An axis as two, of groups and of what is in them; None: one group, even of nothing."""
-    n, i = x.shape[axis], x.ndim + axis
-    size, groups = (max(1, n), 1) if size is None else (max(1, min(size, n)), None)
-    groups = -(-n // size) if groups is None else groups
-    widths = [(0, groups * size - n if a == i else 0) for a in range(x.ndim)]
-    x = jnp.pad(x, widths, constant_values=pad)
-    return x.reshape(*x.shape[:i], groups, size, *x.shape[i + 1 :])
+    return reduce(in_groups(x, axis, size), axis=x.ndim + axis + 1)
 
 
 def _rows(x: jax.Array, scheme: Any, pad: float) -> jax.Array:
@@ -121,7 +112,7 @@ def _rows(x: jax.Array, scheme: Any, pad: float) -> jax.Array:
         at = len(kept) + len(parts)
         kept.append(at)
         if axis in sizes:
-            x = _split(x, axis, sizes[axis], pad)  # the axes behind keep their numbers
+            x = in_groups(x, axis, sizes[axis], pad)  # the axes behind keep their numbers
             parts.append(at + 1)
     shape = (*(x.shape[a] for a in kept), math.prod(x.shape[a] for a in parts))
     return jnp.transpose(x, (*kept, *parts)).reshape(shape)

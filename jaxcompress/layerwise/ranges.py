@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcompress.arrays.ranges import group_sums
 from jaxcompress.arrays.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -64,13 +65,13 @@ def searched_scales(
     """
     if not tries:
         return plain_scales(w, spec, group)
-    size = w.shape[-2] if group is None else group
+    scheme = _scheme(spec, group)
     w32 = w.astype(jnp.float32)
 
     def attempt(share: Any) -> tuple[jax.Array, Scales]:
         scales = plain_scales((w32 * share).astype(w.dtype), spec, group)
         gap = w32 - values_of(codes_of(w, scales, spec, group), scales, spec, group)
-        return _group_sums(weights * gap * gap, size), scales
+        return group_sums(weights * gap * gap, scheme), scales
 
     def step(j: Any, best: tuple[jax.Array, Scales]) -> tuple[jax.Array, Scales]:
         error, scales = attempt(1 - (1 - _NARROWEST) * j / tries)
@@ -79,13 +80,3 @@ def searched_scales(
         return pick(error, best[0]), jax.tree.map(pick, scales, best[1])
 
     return lax.fori_loop(1, tries + 1, step, attempt(jnp.float32(1.0)))[1]
-
-
-def _group_sums(x: jax.Array, size: int) -> jax.Array:
-    """Sums over each `size` rows of `[..., K, N]`, the last of which may be fewer."""
-    rows = x.shape[-2]
-    groups = -(-rows // size)
-    widths = [(0, 0)] * x.ndim
-    widths[-2] = (0, groups * size - rows)
-    x = jnp.pad(x, widths)
-    return jnp.sum(x.reshape(*x.shape[:-2], groups, size, x.shape[-1]), axis=-2)

@@ -236,7 +236,7 @@ def test_narrow_weights_are_computed_in_float32(dtype):
     np.testing.assert_array_equal(np.asarray(out), np.asarray(wide[3].astype(dtype)))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     bits=st.integers(2, 8),
     signed=st.booleans(),

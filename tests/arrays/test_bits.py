@@ -79,7 +79,7 @@ def test_every_axis(bits, axis):
     np.testing.assert_array_equal(back, codes)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data(), bits=st.integers(1, 8))
 def test_round_trip(data, bits):
     shape = tuple(data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=3)))

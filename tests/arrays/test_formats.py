@@ -131,7 +131,7 @@ def test_zero_and_its_signs_have_one_code():
             assert len(set(encode(name, np.float32([0.0, -0.0])).tolist())) == 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from(NAMES), st.integers(0, 2**31 - 1))
 def test_values_come_back(name, seed):
     fmt = code_format(name)

@@ -166,7 +166,7 @@ def test_integer_inputs_are_scaled_in_the_weight_dtype():
 
 @pytest.mark.slow
 @given(n=st.integers(1, 200), transposed=st.booleans(), seed=st.integers(0, 99))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_the_transform_is_orthogonal(n, transposed, seed):
     x = normal(2, n, seed=seed)
     y = hadamard.transform(x, transposed=transposed)

@@ -24,7 +24,7 @@ def leaf_of(w, dtype=jnp.float32):
     return SumArray.of(codes, jc.SparseArray.from_mask(w, outlier))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 9), st.integers(1, 5), st.sampled_from(["float32", "bfloat16", "float16"]))
 def test_the_sum_is_rounded_once(k, n, dtype):
     terms = [normal(seed, k, n).astype(dtype) for seed in range(3)]

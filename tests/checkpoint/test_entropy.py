@@ -46,7 +46,7 @@ def test_streams_are_lossless_and_near_their_entropy(kind, n):
     assert len(coded) <= 1.01 * entropy_bytes(symbols) + 64
 
 
-@settings(deadline=None, max_examples=60, derandomize=True, database=None)
+@settings(max_examples=60, derandomize=True, database=None)
 @given(hnp.arrays(np.uint8, st.integers(0, 400)), st.integers(1, 3000))
 def test_any_bytes_come_back(symbols, times):
     symbols = np.tile(symbols, times)[:300_000]
@@ -80,7 +80,7 @@ def test_the_bytes_are_the_same_on_every_machine():
 GOLDEN = {"static": (2, 207267, "468efd23c4365d21"), "adaptive": (3, 1978, "5bce79fc430765f7")}
 
 
-@settings(deadline=None, max_examples=300, derandomize=True, database=None)
+@settings(max_examples=300, derandomize=True, database=None)
 @given(st.binary(max_size=80), st.integers(0, 1 << 45))
 def test_any_bytes_decode_or_are_refused(data, n):
     try:

@@ -422,7 +422,7 @@ JUNK = st.one_of(
 
 
 @settings(
-    deadline=None, max_examples=120, derandomize=True, database=None,
+    max_examples=120, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(st.data())

@@ -133,7 +133,7 @@ def test_even_masks_take_what_their_density_allows():
     assert len(data) <= 1.01 * bernoulli_bytes(mask.mean(), mask.size) + 64
 
 
-@settings(deadline=None, max_examples=60, derandomize=True, database=None)
+@settings(max_examples=60, derandomize=True, database=None)
 @given(st.integers(8, 70), st.integers(8, 70), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_masks_by_density_come_back(rows, width, p, seed):
     bits = (np.random.default_rng(seed).random((rows, width)) < p).astype(np.uint8)
@@ -145,7 +145,7 @@ def test_a_mask_of_several_chunks_comes_back():
     np.testing.assert_array_equal(decode_mask(encode_mask(bits), 700, 1001), bits)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True, database=None)
+@settings(max_examples=60, derandomize=True, database=None)
 @given(st.integers(2, 8), st.floats(0, 1), st.integers(0, 2**32 - 1), st.integers(0, 9))
 def test_gaps_are_their_mask(bits, p, seed, spare):
     mask = (np.random.default_rng(seed).random((2, 333)) < p).astype(np.uint8)
@@ -202,7 +202,7 @@ def coded():
     return out
 
 
-@settings(deadline=None, max_examples=400, derandomize=True, database=None)
+@settings(max_examples=400, derandomize=True, database=None)
 @given(st.data())
 def test_damaged_descriptions_and_bytes_are_refused_or_harmless(coded, data):
     words, how, stream = data.draw(st.sampled_from(coded))

@@ -54,7 +54,7 @@ def test_a_stream_that_settles_in_one_scan(window, epsilon):
 bits = st.lists(st.booleans(), min_size=12, max_size=12).map(np.array)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(bits, bits, bits)
 def test_the_distance_is_a_metric(a, b, c):
     far = lambda x, y: float(mask_distance({"w": x[:8], "v": x[8:]}, {"w": y[:8], "v": y[8:]}))

@@ -266,7 +266,7 @@ def test_sparse_momentum_moves_weights_to_the_leaf_of_larger_momentum():
 share_out = jax.jit(shared_out)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 10_000)), min_size=1, max_size=6),
     st.data(),

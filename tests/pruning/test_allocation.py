@@ -27,7 +27,7 @@ def densities(shapes, sparsity):
     return np.minimum(1, high * raw)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shapes, st.floats(0, 1))
 def test_erk_is_its_definition_to_one_weight_and_its_total_is_exact(shapes, sparsity):
     counts = erk(shapes, sparsity)

@@ -93,7 +93,7 @@ def test_masks_of_torch_for_whole_filters():
 signed_mask = jax.jit(functools.partial(top_mask, signed=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31 - 1), st.integers(0, 30), st.booleans())
 def test_signed_ranks_are_those_of_a_stable_sort(seed, k, ties):
     rng = np.random.default_rng(seed)
@@ -161,7 +161,7 @@ def test_masks_under_lamp_are_a_global_threshold_on_its_scores():
     np.testing.assert_array_equal(found, expected)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.floats(0, 1),
     st.sampled_from(["local", "global"]),

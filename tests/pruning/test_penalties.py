@@ -128,7 +128,7 @@ def minimax(z):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 40), min_size=7, max_size=7),
     st.lists(st.integers(0, 16), min_size=7, max_size=7),

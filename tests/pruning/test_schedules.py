@@ -19,7 +19,7 @@ def cubic(t, final, initial, begin, end):
     return final + (initial - final) * (1 - share) ** 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.floats(0, 1), st.floats(0, 1), st.integers(0, 1000), st.integers(1, 100_000),
     st.integers(1, 500), st.integers(0, 120_000),

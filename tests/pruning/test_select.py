@@ -60,7 +60,7 @@ def test_top_mask_of_every_dtype_with_subnormals_and_signed_zeros(dtype):
         np.testing.assert_array_equal(mask, reference_mask(w, k))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     hnp.arrays(np.float32, st.sampled_from([(4, 6), (2, 3, 4)]),
                elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, -3.0, 2.0**-140, 2.0**127])),

@@ -86,7 +86,7 @@ schedules = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(schedules, st.integers(0, 2**31 - 1))
 @pytest.mark.slow
 def test_exact_nonzeros_at_each_of_ten_thousand_random_steps(schedule, seed):
@@ -103,7 +103,7 @@ def test_exact_nonzeros_at_each_of_ten_thousand_random_steps(schedule, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(schedules, st.integers(0, 2**31 - 1))
 def test_exact_nonzeros_over_many_more_steps(schedule, seed):
     steps = 10_000

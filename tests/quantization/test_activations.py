@@ -125,7 +125,7 @@ def test_convolutions_pad_with_the_value_zero(groups, format, symmetric, padding
     inputs=st.integers(1, 40), outputs=st.integers(1, 9), rows=st.integers(0, 5),
     format=st.sampled_from(FORMATS), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_the_error_is_that_of_rounding(inputs, outputs, rows, format, seed):
     w, x = normal(inputs, outputs, seed=seed), normal(rows, inputs, seed=seed + 1)
     leaf = QuantizedInputArray(w, None, None, format[0], "token", format[1])

@@ -54,7 +54,7 @@ def test_fake_and_stored_values_are_the_same_bits(name, dtype):
     np.testing.assert_array_equal(mapped, final.materialize())
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(
     st.integers(0, 2**31 - 1),
     st.sampled_from([(1, 1), (7, 3), (16, 5), (2, 33, 4)]),

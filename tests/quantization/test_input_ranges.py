@@ -36,7 +36,7 @@ def test_the_histogram_is_that_of_observe():
 
 
 @given(seed=st.integers(0, 99), percentile=st.sampled_from([1.0, 50.0, 99.0, 99.9, 100.0]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_percentile_is_the_least_edge_with_so_many_below(seed, percentile):
     x = np.abs(samples(seed, n=500))
     found = float(percentile_range(histogram(x), percentile))
@@ -48,7 +48,7 @@ def test_a_percentile_is_the_least_edge_with_so_many_below(seed, percentile):
     low=st.floats(0, 4), width=st.floats(1e-3, 2), threshold=st.floats(0.1, 5),
     levels=st.sampled_from([1, 3, 7, 15]),
 )  # fmt: skip
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_error_within_a_bin_is_its_integral(low, width, threshold, levels):
     step = threshold / levels
 

@@ -259,7 +259,7 @@ def test_outliers_are_exact_in_number_and_beside_the_codes():
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.booleans(), st.integers(0, 99), st.sampled_from(["int3", "uint4"]), st.booleans())
 def test_hqq_never_has_more_of_its_error(grouped, seed, format, heavy):
     rng = np.random.default_rng(seed)

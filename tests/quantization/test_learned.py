@@ -95,7 +95,7 @@ def test_step_by_step_and_mapped_values_are_the_same_bits(name):
     "name",
     [n if n == "lsq+" else pytest.param(n, marks=pytest.mark.slow) for n in WITH_ZERO],
 )
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(
     st.integers(0, 2**31 - 1), st.sampled_from([1e-30, 1.0, 1e30]), st.floats(0, 1),
 )  # fmt: skip

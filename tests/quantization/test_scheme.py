@@ -241,14 +241,14 @@ combinations = st.tuples(
 )
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(combinations)
 def test_any_combination_is_sound(drawn):
     is_sound(*drawn)
 
 
 @pytest.mark.slow
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(combinations)
 def test_any_combination_is_sound_again(drawn):
     is_sound(*drawn)

@@ -42,7 +42,7 @@ RULES = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=100, derandomize=True, database=None)
+@settings(max_examples=100, derandomize=True, database=None)
 @given(
     st.builds(
         jc.Recipe,

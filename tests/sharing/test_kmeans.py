@@ -107,7 +107,7 @@ def test_linear_start_spans_the_values_and_density_halves_them():
 finite = st.floats(-1e3, 1e3, width=32)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.sampled_from([1, 2, 7, 40]).flatmap(lambda n: st.lists(finite, min_size=n, max_size=n)),
        st.sampled_from([1, 5, 16]))  # fmt: skip
 def test_codes_are_nearest_and_centroids_ordered(values, k):

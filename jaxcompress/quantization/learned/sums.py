@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.errors import CompressError
-from jaxcompress.numerics import divide, unit_scale
+from jaxcompress.numerics import divide, in_groups, unit_scale
 from jaxcompress.quantization.learned.straight import straight_through
 
 # Bits of a value below the leading bit of the largest of its sum: two more than float32 has.
@@ -97,9 +97,4 @@ def _grouped(
     """The array with zeros up to whole groups and an axis within each, and the axes to sum over."""
     if group_size is None:
         return x, tuple(axes)
-    axis = x.ndim + axes[-1]
-    groups = -(-x.shape[axis] // group_size)
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, groups * group_size - x.shape[axis])
-    shape = (*x.shape[:axis], groups, group_size, *x.shape[axis + 1 :])
-    return jnp.pad(x, pad).reshape(shape), (axis - x.ndim,)
+    return in_groups(x, axes[-1], group_size), (axes[-1],)

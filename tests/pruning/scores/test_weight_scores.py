@@ -51,7 +51,7 @@ def lamp_of(w):
     return out
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-(2.0**50), 2.0**50, width=32), min_size=7, max_size=7))
 def test_lamp_by_its_definition(values):
     w = np.asarray(values, np.float32)

@@ -60,7 +60,7 @@ def greedy(w, gram, kept):
     return mask, fits
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seeds)
 def test_one_step_is_the_best_of_all(seed):
     w, gram = problem(seed)
@@ -77,7 +77,7 @@ def test_one_step_is_the_best_of_all(seed):
         assert int(found.mask.sum()) == 14
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seeds, st.integers(0, 15))
 def test_obs_is_greedy_over_exact_fits(seed, kept):
     w, gram = problem(seed)
@@ -93,7 +93,7 @@ def test_obs_is_greedy_over_exact_fits(seed, kept):
     assert not np.any(got[~np.asarray(found.mask)])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seeds, st.integers(1, 14))
 def test_no_subset_beats_its_reconstruction_and_no_solver_beats_the_best_subset(seed, kept):
     w, gram = problem(seed)

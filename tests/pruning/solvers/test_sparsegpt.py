@@ -134,7 +134,7 @@ def test_blocks_do_not_matter_for_a_pattern():
 shares = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from([(1, 1), (13, 2)]), shares, st.integers(0, 9))
 def test_counts_are_exact(shape, sparsity, seed):
     w, gram = map(jnp.asarray, problem(*shape, seed=seed))

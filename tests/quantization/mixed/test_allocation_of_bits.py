@@ -52,7 +52,7 @@ def problems(draw):
     return table(error), costs, budgets
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems())
 def test_no_assignment_is_better(problem):
     errors, costs, budgets = problem
@@ -203,7 +203,7 @@ def test_a_larger_budget_is_never_worse_and_never_exceeded(kind):
     assert curve.rows[0]["taken"] == curve.rows[0]["budget"] == table.least()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.floats(0, 1), st.integers(0, 3))
 def test_bytes_are_those_of_the_compressed_tree(share, seed):
     params, batches = problem(seed)

@@ -49,7 +49,7 @@ def _rounded(g, bits, per):
     return tx.update([g], tx.init(None))[0][0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     hnp.arrays(
         np.float32,

@@ -95,7 +95,7 @@ def encoded(x, how, signed):
     return how.encode(x, signed, None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(FORMATS), st.booleans(), st.sampled_from([1, 4, 256]))
 def test_rounding_is_bounded(data, name, signed, block):
     shape = data.draw(shapes)
