@@ -48,6 +48,10 @@ class Choice:
         """The numbers of the sites without an n:m pattern."""
         return [i for i, site in enumerate(self.sites) if not site.pattern.m]
 
+    def of(self, numbers: Sequence[int]) -> Choice:
+        """The choice among some of the leaves."""
+        return dataclasses.replace(self, sites=tuple(self.sites[i] for i in numbers))
+
     def counts(self, sparsities: Sequence[float], between: Callable[..., Any]) -> Counts:
         """How many units stay.
 

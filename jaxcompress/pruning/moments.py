@@ -1,4 +1,4 @@
-"""Moments of regrown weights: set back, wherever an optimizer keeps them."""
+"""Moments of single weights, wherever an optimizer keeps them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxcompress.optimizer_state import owner
 
@@ -23,40 +22,60 @@ class Memory(NamedTuple):
     dense: Any
 
 
-def set_back(
-    state: Any, fresh: Any, params: Any, places: Sequence[int], regrown: Sequence[jax.Array]
-) -> Any:
-    """The state of an optimizer with what it holds of some weights as `init` would make it.
+class Owned(NamedTuple):
+    """An optimizer's state in parts, and which of them belong to which leaf of the params.
+
+    Attributes:
+      flat: the parts.
+      structure: of the state.
+      numbers: of the parts of each leaf.
+      starts: those parts as `init` makes them.
+    """
+
+    flat: list[Any]
+    structure: Any
+    numbers: list[list[int]]
+    starts: list[list[jax.Array]]
+
+    def moments(self) -> list[list[jax.Array]]:
+        """The parts of each leaf."""
+        return [[self.flat[j] for j in numbers] for numbers in self.numbers]
+
+    def put(self, moments: Sequence[Sequence[jax.Array]]) -> Any:
+        """The state with others in their place."""
+        flat = list(self.flat)
+        for numbers, parts in zip(self.numbers, moments):
+            for j, x in zip(numbers, parts):
+                flat[j] = x
+        return jax.tree.unflatten(self.structure, flat)
+
+
+def owned(state: Any, fresh: Any, params: Any, places: Sequence[int]) -> Owned:
+    """What an optimizer holds of single weights, wherever it keeps it.
 
     A part of the state belongs to a leaf of the params if its path ends like that leaf's, as that
     of `mu` and `nu` does in any optax state, and if it has its shape; where several leaves would
-    do, to that with the longest path. Factored moments, which are not of single weights, stay.
-
-    What a nested `sparsify` remembers is not of the optimizer, and stays.
+    do, to that with the longest path. Factored moments, which are not of single weights, belong to
+    none, and neither does what a nested `sparsify` remembers, which is not of the optimizer.
 
     Args:
       state: the state.
       fresh: `init(params)`.
       params: the params.
-      places: which flat leaves of the params have regrown weights.
-      regrown: where, in the shapes of those leaves.
+      places: which flat leaves of the params are asked for.
     """
-    paths = [tuple(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    by_place = dict(zip(places, regrown))
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
+    paths = [tuple(path) for path, _ in found]
     whole = lambda x: isinstance(x, Memory)
-    found, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=whole)
+    parts, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=whole)
     new = {tuple(path): x for path, x in jax.tree_util.tree_flatten_with_path(fresh)[0]}
-    out = []
-    for path, x in found:
-        place = owner(tuple(path), paths)
-        where = None if place is None else by_place.get(place)
-        start = new.get(tuple(path))
-        if (
-            where is not None
-            and start is not None
-            and not whole(x)
-            and x.shape == where.shape == start.shape
-        ):
-            x = jnp.where(where, start, x)
-        out.append(x)
-    return jax.tree.unflatten(structure, out)
+    numbers: dict[int | None, list[int]] = {place: [] for place in places}
+    for j, (path, x) in enumerate(parts):
+        place, start = owner(tuple(path), paths), new.get(tuple(path))
+        if place in numbers and start is not None and not whole(x):
+            assert place is not None
+            if x.shape == found[place][1].shape == start.shape:
+                numbers[place].append(j)
+    starts = [[new[tuple(parts[j][0])] for j in numbers[place]] for place in places]
+    flat = [x for _, x in parts]
+    return Owned(flat, structure, [numbers[place] for place in places], starts)

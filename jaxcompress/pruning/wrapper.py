@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from jaxcompress import compat
 from jaxcompress.errors import SpecError
-from jaxcompress.pruning.algorithms import Algorithm, Moment
+from jaxcompress.pruning.algorithms import Algorithm
 from jaxcompress.pruning.choice import Choice, check_units
-from jaxcompress.pruning.moments import Memory, set_back
+from jaxcompress.pruning.moments import Memory, owned
+from jaxcompress.pruning.refresh import Held, refreshed
 from jaxcompress.pruning.schedules import Schedule
-from jaxcompress.pruning.select import has_nan
 from jaxcompress.pruning.sites import Site, check_ends, check_finite, find_sites
 from jaxcompress.rules import KernelAxes
 
@@ -166,37 +164,17 @@ def sparsify(
         own = algorithm.follow(state.memory.own, weights, full, old, state.step)
         places = [site.place for site in sites]
 
-        def choose(masks: Any, own: Any, i: Any, step: Any, weights: Any, full: Any) -> Any:
-            # Tied to the turn of the loop, or a compiler would take the search out of it.
-            _, step, w, held = lax.optimization_barrier((i, step, weights, own))
-            # Apart from the weights: where nobody looks at gradients, the loop does not hold them.
-            _, g = lax.optimization_barrier((i, full))
-            ends = (schedule.initial, schedule.final)
-            counts = choice.counts(ends, lambda first, last: schedule.kept(first, last, step))
-            moment = Moment(w, g, masks, counts, step, step == schedule.begin)
-            new, after = algorithm.choose(choice, moment, held)
-            # What the algorithm leaves as it was is handed on in place.
-            own = jax.tree.map(lambda a, h, o: o if a is h else a, after, held, own)
-            return new, own, jnp.stack([has_nan(x) for x in w])
-
-        def turn(i: jax.Array, carried: Any) -> Any:
-            masks, own, nan, inner_state = carried
-            # A sort or a draw has no place on Explicit axes; the outcome lies as what it replaces.
-            args = (masks, own, i, state.step, weights, full)
-            new, own, nan = compat.auto_like(choose, args, (masks, own, nan))
-            if regrows:
-                back = [a & ~b for a, b in zip(new, masks)]
-                inner_state = set_back(inner_state, inner.init(params), params, places, back)
-            return new, own, nan, inner_state
-
         due = schedule.refreshes(state.step) & _starts_an_update(state.inner)
-        # A loop of one turn or none: where a conditional would copy the masks that it does not
-        # change, a loop hands them on in place.
-        carried = state.inner if regrows else ()
-        new, own, nan, carried = lax.fori_loop(
-            0, due.astype(jnp.int32), turn, (old, own, state.nan, carried)
+        held = Held(old, own, state.nan, [[] for _ in sites])
+        parts = None
+        if regrows:
+            parts = owned(state.inner, inner.init(params), params, places)
+            held = held._replace(moments=parts.moments())
+        starts = parts.starts if parts else held.moments
+        new, own, nan, moments = refreshed(
+            algorithm, schedule, choice, due, state.step, held, weights, full, starts
         )
-        before = carried if regrows else state.inner
+        before = parts.put(moments) if parts else state.inner
         passed = algorithm.gradients(mine, weights, new, own)
         for site, mask, grad, weight in zip(sites, new, passed, weights):
             slots[site.place], grads[site.place], leaves[site.place] = mask, grad, weight

@@ -13,8 +13,9 @@ from test_select import reference_mask
 
 import jaxcompress as jc
 from jaxcompress import pruning as P
+from jaxcompress.pruning.algorithms.base import Moment, draws
 from jaxcompress.pruning.algorithms.redistribute import shared_out
-from jaxcompress.pruning.moments import set_back
+from jaxcompress.pruning.moments import owned
 
 RULES = {"**/kernel": "unstructured"}
 ALGORITHMS = {
@@ -343,8 +344,11 @@ def test_moments_belong_to_the_leaf_with_the_longest_path():
     params = {"kernel": jnp.ones((2, 2)), "a": {"kernel": jnp.ones((2, 2))}}
     tx = optax.adam(1.0)
     state = jax.tree.map(lambda x: x + 3, tx.init(params))
-    back = set_back(state, tx.init(params), params, [1], [jnp.eye(2, dtype=bool)])
-    assert back[0].mu["kernel"].tolist() == [[0, 3], [3, 0]]
+    found = owned(state, tx.init(params), params, [1])
+    assert [x.tolist() for x in found.starts[0]] == [[[0, 0], [0, 0]]] * 2
+    back = found.put([[jnp.eye(2), x] for x, _ in found.moments()])
+    assert back[0].mu["kernel"].tolist() == [[1, 0], [0, 1]]
+    assert back[0].nu["kernel"].tolist() == [[3, 3], [3, 3]]
     assert back[0].mu["a"]["kernel"].tolist() == [[3, 3], [3, 3]]
 
 
@@ -541,3 +545,44 @@ np.testing.assert_array_equal(masks, P.make_masks({"w": jnp.abs(w)}, 0.5, {"w": 
 @pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_on_a_mesh_with_explicit_axes(which):
     eight_devices.run(EXPLICIT, which)
+
+
+@pytest.mark.parametrize("name", ["random", "set", "rigl", "deep_r", "movement", "taylor"])
+def test_leaves_chosen_one_by_one_are_those_chosen_together(name, monkeypatch):
+    algorithm = P.movement() if name == "movement" else ALGORITHMS[name]
+    schedule = P.cubic_schedule(0.7, begin=1, end=9, every=3)
+
+    def run():
+        tx = jc.sparsify(optax.adam(0.2), algorithm, schedule, {"**/kernel": "unstructured"})
+        return steps(tx, tree(), 12)[0]
+
+    assert algorithm.apart
+    alone = run()
+    monkeypatch.setattr(type(algorithm), "apart", False)
+    jax.tree.map(np.testing.assert_array_equal, alone, run())
+
+
+def test_draws_of_rows_are_uniform_and_other_in_each_leaf():
+    like = [jnp.zeros((513, 255))] * 2  # more than are drawn at once, and no whole blocks of it
+    moment = Moment([], [], [], [], jnp.int32(3), jnp.asarray(False), [0, 1])
+    first, second = np.asarray(draws(like, moment, 0))
+    assert np.mean(first == second) < 1e-3
+    assert len(np.unique(first)) > 0.98 * first.size  # of 2**23 values, 1 in 128 is met twice
+    for u in (first, second, first[-1:], first[256:258]):
+        # The mean of n uniform numbers is off by 6 standard deviations in 1 of 5e8 draws.
+        assert abs(u.mean() - 0.5) < 6 / (12 * u.size) ** 0.5
+    (alone,) = draws(like[1:], moment._replace(numbers=[1]), 0)
+    np.testing.assert_array_equal(alone, second)
+
+
+@pytest.mark.parametrize("name", ["global", "random", "rigl", "set", "movement"])
+def test_nothing_of_a_choice_is_computed_where_none_is_due(name):
+    algorithm = P.magnitude(scope="global") if name == "global" else ALGORITHMS[name]
+    tx = jc.sparsify(optax.adam(0.1), algorithm, P.periodic(0.5, every=100), RULES)
+    params = {x: {"kernel": jnp.ones((96, 64))} for x in "ab"}
+    step = jax.jit(lambda state, params: tx.update(params, state, params))
+    text = step.lower(tx.init(params), params).compile().as_text()
+    outside = text[text.index("ENTRY") :]
+    # Keys of weights, places of ties and random bits are all uint32.
+    assert "u32[96,64]" in text
+    assert "u32[96,64]" not in outside

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxcompress.errors import SpecError
+from jaxcompress.lowering import by_devices
 from jaxcompress.pruning.choice import Choice, Counts, check_choice
 
 
@@ -23,6 +26,7 @@ class Moment(NamedTuple):
       counts: how many units shall stay, as `Choice.take` wants them.
       step: the number of the update, int32.
       first: whether these are the first masks.
+      numbers: of the leaves, among all pruned ones.
     """
 
     weights: list[jax.Array]
@@ -31,6 +35,11 @@ class Moment(NamedTuple):
     counts: Counts
     step: jax.Array
     first: jax.Array
+    numbers: Sequence[int]
+
+
+# Random numbers that are drawn at a time.
+_DRAWN = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +64,9 @@ class Algorithm:
     regrows: ClassVar[bool] = False
     # Whether scores are ranked by value rather than by magnitude.
     signed: ClassVar[bool] = False
+    # Whether a local choice in one leaf looks at no other, nor at how a budget is divided. What is
+    # remembered is then a list with an entry a leaf, or ().
+    apart: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice(self.scope, self.allocation)
@@ -98,10 +110,25 @@ def where_finite(new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(new), new, old)
 
 
-def draws(shapes: Sequence[jax.Array], step: jax.Array, seed: int) -> list[jax.Array]:
-    """Uniform float32 from 0 to 1 in the shapes of arrays, new at each step."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return [jax.random.uniform(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(shapes)]
+def draws(like: Sequence[jax.Array], moment: Moment, seed: int) -> list[jax.Array]:
+    """Uniform float32 from 0 to 1 in the shapes of arrays, new at each step and in each leaf."""
+    key = jax.random.fold_in(jax.random.key(seed), moment.step)
+    keys = [jax.random.fold_in(key, i) for i in moment.numbers]
+    return [_uniform(k, x.shape) for k, x in zip(keys, like)]
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform float32 from 0 to 1, some rows at a time.
+
+    A draw takes five times the memory of what it makes.
+    """
+    rows = max(1, _DRAWN // max(1, math.prod(shape[1:])))
+    if not shape or shape[0] <= rows:
+        return jax.random.uniform(key, shape)
+    some = lambda k: jax.random.uniform(jax.random.wrap_key_data(k), (rows, *shape[1:]))
+    keys = jax.random.key_data(jax.random.split(key, -(-shape[0] // rows)))
+    drawn = by_devices(jax.vmap(some), lambda k: lax.map(some, k))(keys)
+    return drawn.reshape(-1, *shape[1:])[: shape[0]]
 
 
 def check_share(name: str, value: Any) -> None:
@@ -116,6 +143,8 @@ def check_share(name: str, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Magnitude(Algorithm):
+    apart: ClassVar[bool] = True
+
     def scores(self, params: Sequence[jax.Array]) -> list[jax.Array]:
         return list(params)
 
@@ -151,9 +180,11 @@ def magnitude(*, scope: str = "local", allocation: str = "uniform") -> Algorithm
 class _Random(Algorithm):
     seed: int
 
+    apart: ClassVar[bool] = True
+
     def choose(self, choice: Choice, moment: Moment, memory: Any) -> tuple[list[jax.Array], Any]:
         active = [x != 0 for x in choice.pooled(moment.masks)]
-        scores = draws(active, moment.step, self.seed)
+        scores = draws(active, moment, self.seed)
         # What is there comes before what is not, so that a schedule that tightens only removes.
         scores = [jnp.where(on, 1 + u, u) for on, u in zip(active, scores)]
         return choice.spread(choice.take(scores, moment.counts)), memory
@@ -182,6 +213,8 @@ def random(*, seed: int = 0, scope: str = "local", allocation: str = "erk") -> A
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Static(Algorithm):
     masks: dict[str, Any] | None
+
+    apart: ClassVar[bool] = True
 
     def check(self, choice: Choice) -> None:
         if self.masks is None:

@@ -42,7 +42,7 @@ class _DeepR(Regrow):
         ]
         left = [on & ~moment.first & ~x for on, x in zip(active, gone)]
         # Where a schedule tightens, the smallest that stay go first.
-        first, then = self.starts(moment.weights, moment), draws(left, moment.step, self.seed)
+        first, then = self.starts(moment.weights, moment), draws(left, moment, self.seed)
         scores = [
             jnp.where(stays, 1.0 + jnp.abs(w.astype(jnp.float32)), jnp.where(moment.first, a, b))
             for stays, w, a, b in zip(left, moment.weights, first, then)
@@ -55,7 +55,7 @@ class _DeepR(Regrow):
         # What has just crossed zero comes again only where there is nothing else.
         scores = [jnp.where(x, s - 2.0, s) for x, s in zip(gone, scores)]
         masks = choice.take(scores, moment.counts, signed=True)
-        signs = draws(left, moment.step, self.seed + 2)
+        signs = draws(left, moment, self.seed + 2)
         kept = [jnp.signbit(w) for w in moment.weights]
         new = [
             jnp.where(stays, minus, jnp.where(x, now, u < 0.5))

@@ -17,6 +17,7 @@ from jaxcompress.pruning.choice import Choice
 @dataclasses.dataclass(frozen=True)
 class _StraightThrough(Algorithm):
     dense: ClassVar[bool] = True
+    apart: ClassVar[bool] = True
 
     def scores(self, params: Sequence[jax.Array]) -> list[jax.Array]:
         return list(params)
@@ -55,6 +56,8 @@ def straight_through(*, scope: str = "local", allocation: str = "uniform") -> Al
 class _TopKast(_StraightThrough):
     backward: float
     l2: float
+
+    apart: ClassVar[bool] = False  # the larger set has a budget of its own
 
     def init(self, weights: Sequence[jax.Array]) -> Any:
         return [jnp.ones_like(w, dtype=bool) for w in weights]
@@ -120,6 +123,7 @@ def top_kast(
 @dataclasses.dataclass(frozen=True)
 class _Movement(Algorithm):
     dense: ClassVar[bool] = True
+    apart: ClassVar[bool] = True
     signed: ClassVar[bool] = True
 
     def init(self, weights: Sequence[jax.Array]) -> Any:

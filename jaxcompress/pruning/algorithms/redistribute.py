@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ class Redistribute(Regrow):
 
     Here a stack of layers counts as one leaf.
     """
+
+    apart: ClassVar[bool] = False
 
     def check(self, choice: Choice) -> None:
         super().check(choice)
@@ -78,12 +80,13 @@ class Redistribute(Regrow):
             jnp.where(less, stay, sizes - stay),
         )
         counts = stay + jnp.where(less, -change, change)
-        first, then = self.starts(units, moment), self.growth(units, moment, memory)
-        masks = []
-        for i, (x, stays, a, b) in enumerate(zip(units, left, first, then)):
-            new = jnp.where(moment.first, jnp.abs(a), jnp.abs(b)).astype(jnp.float32)
+        new = self.comes(units, moment, memory)
+        masks: list[jax.Array] = []
+        for i, (x, stays, y) in enumerate(zip(units, left, new)):
+            if masks:  # one leaf after the other, so that what is in between is held for one
+                (x, stays, y), _ = lax.optimization_barrier(((x, stays, y), masks[-1]))
             old = jnp.where(less, jnp.abs(x.astype(jnp.float32)), jnp.inf)
-            ranked = jnp.where(stays, old, jnp.where(less, -1.0, new))
+            ranked = jnp.where(stays, old, jnp.where(less, -1.0, y))
             masks.append(top_mask(ranked, counts[i], signed=True))
         return choice.spread(masks), memory
 
@@ -219,7 +222,7 @@ class _Dsr(Redistribute):
         return jnp.stack([jnp.sum(x, dtype=jnp.int32) for x in left]).astype(jnp.float32)
 
     def growth(self, weights: list[jax.Array], moment: Moment, memory: Any) -> Sequence[jax.Array]:
-        return draws(weights, moment.step, self.seed)
+        return draws(weights, moment, self.seed)
 
 
 def dsr(

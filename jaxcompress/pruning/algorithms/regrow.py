@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.algorithms.base import Algorithm, Moment, check_share, draws
@@ -37,6 +38,7 @@ class Regrow(Algorithm):
     seed: int
 
     regrows: ClassVar[bool] = True
+    apart: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,10 +70,20 @@ class Regrow(Algorithm):
         """Scores for the first masks."""
         if self.initial == "magnitude":
             return units
-        return draws(units, moment.step, self.seed + 1)
+        return draws(units, moment, self.seed + 1)
+
+    def comes(self, units: list[jax.Array], moment: Moment, memory: Any) -> list[jax.Array]:
+        """Scores of what may come, at the first choice or a later one: finite magnitudes."""
+        return lax.cond(
+            moment.first,
+            lambda: [_finite(x) for x in self.starts(units, moment)],
+            lambda: [_finite(x) for x in self.growth(units, moment, memory)],
+        )
 
     def choose(self, choice: Choice, moment: Moment, memory: Any) -> tuple[list[jax.Array], Any]:
         units = choice.pooled(moment.weights)
+        # Draws take most memory, so they come before all that is held besides.
+        units, new = lax.optimization_barrier((units, self.comes(units, moment, memory)))
         active = active_units(choice, moment.masks)
         share = jnp.where(moment.first, 1.0, self.share(moment.step))
         limits = _limits(choice, moment.counts)
@@ -79,21 +91,32 @@ class Regrow(Algorithm):
             survivors(site, x, on, share, limit)
             for site, x, on, limit in zip(choice.sites, units, active, limits)
         ]
-        first, then = self.starts(units, moment), self.growth(units, moment, memory)
-        # Above one what stays, by magnitude, in case that there is no place for all of it.
         scores = [
-            jnp.where(stays, 1 + _relative(x), 0.5 * _relative(jnp.where(moment.first, a, b)))
-            for x, stays, a, b in zip(units, left, first, then)
+            _then(site, x, stays, y) for site, x, stays, y in zip(choice.sites, units, left, new)
         ]
         return choice.spread(choice.take(scores, moment.counts)), memory
 
 
+def _then(site: Site, old: jax.Array, stays: jax.Array, new: jax.Array) -> jax.Array:
+    """Scores by which what stays comes before all that is new."""
+    if not site.pattern.m:
+        top = jnp.max(new, initial=0.0)
+        return jnp.where(stays, jnp.where(top > 0, 2 * top, 1.0), new)
+    # A group may have no place for all that stays in it: the largest of these come first.
+    return jnp.where(stays, 1 + _relative(old), 0.5 * _relative(new))
+
+
 def _relative(x: jax.Array) -> jax.Array:
     """Magnitudes from 0 to 1, in their order; 0 for what is not finite."""
-    x = jnp.abs(x.astype(jnp.float32))
-    x = jnp.where(jnp.isfinite(x), x, 0.0)
+    x = _finite(x)
     top = jnp.max(x, initial=0.0)
     return x / jnp.where(top > 0, top, 1.0)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """Magnitudes in float32; 0 for what is not finite."""
+    x = jnp.abs(x.astype(jnp.float32))
+    return jnp.where(jnp.isfinite(x), x, 0.0)
 
 
 def _limits(choice: Choice, counts: Sequence[Any]) -> list[Any]:
@@ -132,7 +155,7 @@ def survivors(
 @dataclasses.dataclass(frozen=True)
 class _Set(Regrow):
     def growth(self, weights: list[jax.Array], moment: Moment, memory: Any) -> Sequence[jax.Array]:
-        return draws(weights, moment.step, self.seed)
+        return draws(weights, moment, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +172,7 @@ class _Gse(_RigL):
     explored: float
 
     def growth(self, weights: list[jax.Array], moment: Moment, memory: Any) -> Sequence[jax.Array]:
-        drawn = draws(weights, moment.step, self.seed)
+        drawn = draws(weights, moment, self.seed)
         scores = super().growth(weights, moment, memory)
         # Weights outside of the sample come after all within it, and among them any.
         return [jnp.where(u < self.explored, 1.0 + _relative(s), u) for u, s in zip(drawn, scores)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jaxcompress.pruning.choice import Choice
 @dataclasses.dataclass(frozen=True)
 class _Taylor(Algorithm):
     decay: float
+
+    apart: ClassVar[bool] = True
 
     def init(self, weights: Sequence[jax.Array]) -> Any:
         return [jnp.zeros_like(w, dtype=jnp.float32) for w in weights]
