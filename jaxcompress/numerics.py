@@ -72,6 +72,23 @@ def in_groups(x: jax.Array, axis: int, size: int | None, fill: float = 0.0) -> j
     return x.reshape(*x.shape[:i], groups, size, *x.shape[i + 1 :])
 
 
+def stochastic_round(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """`floor(x) + (u < x - floor(x))` with u uniform in [0, 1): the mean is x.
+
+    Whole numbers stay as they are, and a mean is off by at most the 2**-23 that u resolves;
+    `floor(x + u)` would round a sum such as `126 + 0.9999999` up.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jnp.full(10_000, 2.25)
+      >>> y = stochastic_round(x, jax.random.uniform(jax.random.key(0), x.shape))
+      >>> sorted({float(v) for v in y}), abs(float(y.mean()) - 2.25) < 0.02
+      ([2.0, 3.0], True)
+    """
+    low = jnp.floor(x)
+    return low + (noise < x - low)
+
+
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:
     """`x` in another floating dtype, rounded even where it is cast back at once.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -163,6 +164,19 @@ def is_number(x: Any, least: float = -math.inf, most: float = math.inf) -> bool:
         return False
     value: Any = x.item() if isinstance(x, np.generic) else x
     return bool(abs(value) <= sys.float_info.max and least <= value <= most)  # false for NaN
+
+
+def is_floating_dtype(x: Any) -> bool:
+    """Whether `x` is or names a floating dtype.
+
+    Examples:
+      >>> is_floating_dtype("bfloat16"), is_floating_dtype("int8"), is_floating_dtype("half-float")
+      (True, False, False)
+    """
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(x), jnp.floating))
+    except TypeError:
+        return False
 
 
 def child_axes(leaf: CompressedArray, name: str, child: Any) -> KernelAxes:

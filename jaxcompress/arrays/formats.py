@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from jaxcompress.errors import SpecError
-from jaxcompress.numerics import exponent_of, power_of_two
+from jaxcompress.numerics import exponent_of, power_of_two, stochastic_round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Format:
         """The codes of the nearest values of float32 `x`, beyond the range the outermost.
 
         Halfway between two values it is the one whose code is even, and of two powers of two the
-        larger. With noise, uniform in [0, 1),
-        one of the two neighbours, such that the mean is x.
+        larger. With noise, uniform in [0, 1), one of the two neighbours, such that the mean is x.
         """
         raise NotImplementedError
 
@@ -166,7 +165,7 @@ class MiniFloat(Format):
         # shrink below `2**least`.
         step = power_of_two(jnp.maximum(exponent_of(size), self.least) - self.mantissa)
         units = size / step  # exact: a power of two
-        whole = jnp.round(units) if noise is None else jnp.floor(units + noise)
+        whole = jnp.round(units) if noise is None else stochastic_round(units, noise)
         size = jnp.minimum(whole * step, self.largest)
         normal = (lax.bitcast_convert_type(size, jnp.int32) >> (23 - self.mantissa)) - (
             (126 + self.least) << self.mantissa
@@ -311,12 +310,12 @@ def int_format(name: str | Format) -> IntFormat:
 
 
 def round_codes(x: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-    """`round(x)` modulo 256 as int32, halves to even, for `|x| < 2**22`; with noise `floor(x + u)`.
+    """`round(x)` modulo 256 as int32, halves to even, for `|x| < 2**22`; with noise at random.
 
     At `1.5 * 2**23` float32 holds just the integers, so that the addition rounds, and the low bits
     of the sum are those of the integer. XLA's own conversion to an integer checks for NaN and
     range, which took a quarter of the loop's time.
     """
     if noise is not None:
-        x = jnp.floor(x + noise)
+        x = stochastic_round(x, noise)
     return lax.bitcast_convert_type(x + jnp.float32(1.5 * 2**23), jnp.int32)

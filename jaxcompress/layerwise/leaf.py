@@ -1,25 +1,71 @@
-"""From a leaf to the matrices that a solver works on, and back to a leaf."""
+"""From a leaf to the matrices that a solver works on, and back to a leaf; specs that do so."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.arrays.base import is_compressed
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.arrays.sparse import SparseArray, best_layout, encode
 from jaxcompress.errors import SpecError
 from jaxcompress.layerwise.folding import Folding, folding
 from jaxcompress.layerwise.hessian import Solution, check_finite
 from jaxcompress.layerwise.rounding import group_along
-from jaxcompress.specs import LeafContext, on_all_devices, on_auto_axes, placed_like
+from jaxcompress.rules import default_axes
+from jaxcompress.specs import LeafContext, Plan, Spec, on_all_devices, on_auto_axes, placed_like
 
 if TYPE_CHECKING:
     from jaxcompress.quantization.spec import Quantize
+
+
+class SolverSpec(Spec):
+    """What specs share that choose weights by the Gram matrix of the inputs that meet the leaf.
+
+    A subclass defines `solved`.
+    """
+
+    # What a user writes for a leaf that is only looked up, after "each row stands alone and".
+    looked_up: ClassVar[str]
+
+    def solved(self, w: jax.Array, gram: jax.Array, how: Folding, context: LeafContext) -> Any:
+        """The leaf for weights `[..., K, N]` and their Gram matrix."""
+        raise NotImplementedError
+
+    def plan(self, leaf: Any, context: LeafContext) -> Plan:
+        """Settles the shapes from the leaf and the statistics; `apply` refuses."""
+        return _SolverPlan(self, self._folding(leaf, context), context.path)
+
+    def _folding(self, leaf: Any, context: LeafContext) -> Folding:
+        return fitted_folding(leaf, context, type(self).__name__, self.looked_up)
+
+    def __call__(self, leaf: Any, context: LeafContext | None = None) -> Any:
+        """Compresses one array by the statistics of the context."""
+        if context is None:
+            context = LeafContext("leaf", default_axes("leaf", leaf.ndim))
+        if is_compressed(leaf):
+            raise SpecError(f"{context.path}: {self!r} needs the dense weight; put it first")
+        how = self._folding(leaf, context)
+        solve: Callable[..., Any] = lambda w, gram: self.solved(w, gram, how, context)
+        return on_matrices(solve, how, leaf, context.stats.gram, context.path)  # type: ignore[union-attr]
+
+
+@dataclasses.dataclass(frozen=True)
+class _SolverPlan(Plan):
+    spec: Spec
+    folding: Folding
+    path: str
+
+    def apply(self, leaf: jax.Array, key: jax.Array | None) -> Any:
+        """Refuses: a plan is static, and the statistics are arrays."""
+        name = type(self.spec).__name__
+        raise SpecError(f"{self.path}: {name} needs statistics; call the spec, not its plan")
 
 
 def fitted_folding(leaf: Any, context: LeafContext, name: str, looked_up: str) -> Folding:

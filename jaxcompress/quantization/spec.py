@@ -16,7 +16,7 @@ from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.arrays.ranges import check_estimator
 from jaxcompress.arrays.scheme import Scheme
 from jaxcompress.errors import SpecError
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count, register_spec
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count, is_floating_dtype, register_spec
 
 Q = TypeVar("Q", bound="Quantize")
 
@@ -130,7 +130,7 @@ class Quantize(Spec):
             raise SpecError(
                 f"group_size={self.group_size}: write a whole number of at least 1, or two of them"
             )
-        if not _is_floating(self.scale_dtype):
+        if not is_floating_dtype(self.scale_dtype):
             raise SpecError(
                 f"scale_dtype={self.scale_dtype!r}: write a floating dtype such as 'bfloat16'"
             )
@@ -178,6 +178,13 @@ class Quantize(Spec):
                 "key=jax.random.key(0))"
             )
         return _QuantizePlan(self.settled(leaf, context))
+
+    def noise(self, leaf: jax.Array, key: jax.Array | None) -> jax.Array | None:
+        """Uniform numbers in the shape of the leaf for stochastic rounding, else None."""
+        if self.rounding != "stochastic":
+            return None
+        assert key is not None
+        return jax.random.uniform(key, leaf.shape)
 
     def settled(self: Q, leaf: jax.Array, context: LeafContext) -> Q:
         """The same spec with the axes of one leaf, and groups no longer than they are."""
@@ -278,23 +285,12 @@ class _FakeQuantizePlan(Plan):
         return out.replace(scale=scale, zero_point=zero_point)
 
 
-def _is_floating(dtype: Any) -> bool:
-    try:
-        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
-    except TypeError:
-        return False
-
-
 @dataclasses.dataclass(frozen=True)
 class _QuantizePlan(Plan):
     spec: Quantize
 
     def apply(self, leaf: jax.Array, key: jax.Array | None) -> QuantizedArray:
-        noise = None
-        if self.spec.rounding == "stochastic":
-            assert key is not None
-            noise = jax.random.uniform(key, leaf.shape)
-        return self.spec.scheme.quantize(leaf, noise)
+        return self.spec.scheme.quantize(leaf, self.spec.noise(leaf, key))
 
 
 def resolve_axes(

@@ -111,24 +111,29 @@ def where_finite(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def draws(like: Sequence[jax.Array], moment: Moment, seed: int) -> list[jax.Array]:
-    """Uniform float32 from 0 to 1 in the shapes of arrays, new at each step and in each leaf."""
+    """Uniform multiples of 2**-16 below 1 in the shapes of arrays, new at each step and leaf."""
     key = jax.random.fold_in(jax.random.key(seed), moment.step)
     keys = [jax.random.fold_in(key, i) for i in moment.numbers]
     return [_uniform(k, x.shape) for k, x in zip(keys, like)]
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform float32 from 0 to 1, some rows at a time.
-
-    A draw takes five times the memory of what it makes.
-    """
-    rows = max(1, _DRAWN // max(1, math.prod(shape[1:])))
-    if not shape or shape[0] <= rows:
-        return jax.random.uniform(key, shape)
-    some = lambda k: jax.random.uniform(jax.random.wrap_key_data(k), (rows, *shape[1:]))
+    """Some rows at a time, for a draw takes five times the memory of what it makes."""
+    rest = shape[1:]
+    rows = max(1, _DRAWN // max(1, math.prod(rest)))
+    if shape[0] <= rows:
+        return _sixteen_bits(key, shape)
+    some = lambda k: _sixteen_bits(jax.random.wrap_key_data(k), (rows, *rest))
     keys = jax.random.key_data(jax.random.split(key, -(-shape[0] // rows)))
     drawn = by_devices(jax.vmap(some), lambda k: lax.map(some, k))(keys)
-    return drawn.reshape(-1, *shape[1:])[: shape[0]]
+    return drawn.reshape(-1, *rest)[: shape[0]]
+
+
+def _sixteen_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Two numbers of each 32 bits, which are most of the time that a choice takes."""
+    bits = jax.random.bits(key, (-(-shape[0] // 2), *shape[1:]))
+    both = jnp.concatenate([bits & 0xFFFF, bits >> 16])[: shape[0]]
+    return both.astype(jnp.float32) * 2.0**-16
 
 
 def check_share(name: str, value: Any) -> None:

@@ -144,8 +144,10 @@ def survivors(
         if limit is not None:
             count = jnp.minimum(count, jnp.asarray(limit).astype(jnp.uint32))
         gone = jnp.round(share * count.astype(jnp.float32)).astype(jnp.uint32)
-        ranked = jnp.where(active, jnp.abs(scores.astype(jnp.float32)), -1.0)
-        return top_mask(ranked, count - jnp.minimum(gone, count), signed=True)
+        # What is there and zero, as what has just grown may be, comes before what is not there.
+        least = jnp.finfo(jnp.float32).smallest_normal
+        size = jnp.maximum(jnp.abs(scores.astype(jnp.float32)), least)
+        return top_mask(jnp.where(active, size, 0.0), count - jnp.minimum(gone, count))
 
     for _ in range(site.batch_ndim):
         one = jax.vmap(one)

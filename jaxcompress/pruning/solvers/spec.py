@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
-from jaxcompress.arrays.base import is_compressed
 from jaxcompress.errors import SpecError
 from jaxcompress.layerwise.folding import Folding
-from jaxcompress.layerwise.leaf import fitted_folding, on_matrices, quantized_leaf, sparse_leaf
+from jaxcompress.layerwise.leaf import SolverSpec, quantized_leaf, sparse_leaf
 from jaxcompress.pruning.patterns import parse_pattern
 from jaxcompress.pruning.select import kept_count
 from jaxcompress.pruning.solvers.sparsegpt import Options, check_options, solve
 from jaxcompress.quantization.spec import Quantize, check_quantize
-from jaxcompress.rules import default_axes
-from jaxcompress.specs import (
-    LeafContext,
-    Plan,
-    Spec,
-    register_spec,
-)
+from jaxcompress.specs import LeafContext, register_spec
 
 # The fields that are those of a `Quantize`.
 _SHARED = ("group_size", "symmetric", "scale_dtype", "convention", "estimator")
@@ -30,7 +23,7 @@ _SHARED = ("group_size", "symmetric", "scale_dtype", "convention", "estimator")
 
 @register_spec("sparsegpt")
 @dataclasses.dataclass(frozen=True, repr=False)
-class SparseGPT(Spec):
+class SparseGPT(SolverSpec):
     """Prunes in one shot, and lets the weights that stay make up for those that go.
 
     The solver is `jaxcompress.pruning.solvers.sparsegpt`, on the Gram matrix of the inputs that
@@ -75,6 +68,8 @@ class SparseGPT(Spec):
       {'kernel': QuantizedArray(float32[16, 8], int4)}
     """
 
+    looked_up: ClassVar[str] = "nothing can make up for it; write Prune instead"
+
     sparsity: float
     _: dataclasses.KW_ONLY
     pattern: str | None = None
@@ -108,47 +103,13 @@ class SparseGPT(Spec):
             quantize = Quantize(self.quantize, **shared)  # type: ignore[arg-type]
         return Options(self.sparsity, self.pattern, self.block_size, self.damping, quantize)
 
-    def plan(self, leaf: Any, context: LeafContext) -> Plan:
-        """Settles the shapes from the leaf and the statistics, and how much stays."""
-        return self._planned(leaf, context)
-
-    def _planned(self, leaf: Any, context: LeafContext) -> _SparseGPTPlan:
-        options, why = self.options(), "nothing can make up for it; write Prune instead"
-        how = fitted_folding(leaf, context, "SparseGPT", why)
-        return _SparseGPTPlan(options, how, _kept(options, how), context.path)
-
-    def __call__(self, leaf: Any, context: LeafContext | None = None) -> Any:
-        """Compresses one array by the statistics of the context."""
-        if context is None:
-            context = LeafContext("leaf", default_axes("leaf", leaf.ndim))
-        if is_compressed(leaf):
-            raise SpecError(f"{context.path}: {self!r} needs the dense weight; put it first")
-        plan = self._planned(leaf, context)
-        return _solved(plan, leaf, context.stats.gram)  # type: ignore[union-attr]
-
-
-@dataclasses.dataclass(frozen=True)
-class _SparseGPTPlan(Plan):
-    options: Options
-    folding: Folding
-    kept: int
-    path: str
-
-    def apply(self, leaf: jax.Array, key: jax.Array | None) -> Any:
-        """Refuses: a plan is static, and the statistics are arrays."""
-        raise SpecError(f"{self.path}: SparseGPT needs statistics; call the spec, not its plan")
-
-
-def _solved(plan: _SparseGPTPlan, leaf: Any, gram: Any) -> Any:
-    how = plan.folding
-
-    def run(matrices: jax.Array, gram: jax.Array) -> Any:
-        found = solve(matrices, gram, plan.options, how.inputs[-1], how.groups)
+    def solved(self, w: jax.Array, gram: jax.Array, how: Folding, context: LeafContext) -> Any:
+        """The leaf of what stays."""
+        options = self.options()
+        found = solve(w, gram, options, how.inputs[-1], how.groups)
         if found.codes is None:
-            return sparse_leaf(found.weight, found.mask, how, plan.kept)
-        return quantized_leaf(found, how, plan.options.quantize)
-
-    return on_matrices(run, how, leaf, gram, plan.path)
+            return sparse_leaf(found.weight, found.mask, how, _kept(options, how))
+        return quantized_leaf(found, how, options.quantize)
 
 
 def _kept(options: Options, how: Folding) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcompress.arrays import affine
 from jaxcompress.errors import SpecError
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count, is_floating_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LearnedSpec(Spec):
         granularity, group, dtype = self._layout()
         if granularity not in ("channel", "tensor"):
             raise SpecError(f"granularity={granularity!r}: write 'channel' or 'tensor'")
-        if not is_floating(dtype):
+        if not is_floating_dtype(dtype):
             raise SpecError(f"scale_dtype={dtype!r}: write a floating dtype such as 'bfloat16'")
         if group is not None and not is_count(group, 1):
             raise SpecError(f"group_size={group}: write a whole number of at least 1")
@@ -89,14 +89,6 @@ class _LearnedPlan(Plan):
 
     def apply(self, leaf: jax.Array, key: jax.Array | None) -> Any:
         return self.spec.make(leaf, self.layout, key)
-
-
-def is_floating(dtype: Any) -> bool:
-    """Whether that names a floating dtype."""
-    try:
-        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
-    except TypeError:
-        return False
 
 
 def check_integer_format(format: Any, signed: bool = True) -> None:

@@ -190,9 +190,6 @@ class _HQQPlan(Plan):
     spec: HQQ
 
     def apply(self, leaf: jax.Array, key: jax.Array | None) -> QuantizedArray:
-        scheme, noise = self.spec.scheme, None
-        if self.spec.rounding == "stochastic":
-            assert key is not None
-            noise = jax.random.uniform(key, leaf.shape)
+        scheme, noise = self.spec.scheme, self.spec.noise(leaf, key)
         scale, zero = hqq(leaf, scheme, norm=self.spec.norm, iterations=self.spec.iterations)
         return scheme.pack(scheme.codes(leaf, scale, zero, noise), scale, zero, leaf.dtype)

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
 from jaxcompress.arrays.affine import int_format
-from jaxcompress.arrays.base import is_compressed
 from jaxcompress.errors import SpecError
 from jaxcompress.layerwise.folding import Folding
 from jaxcompress.layerwise.hessian import Solution
-from jaxcompress.layerwise.leaf import fitted_folding, on_matrices, quantized_leaf
+from jaxcompress.layerwise.leaf import SolverSpec, quantized_leaf
 from jaxcompress.quantization.solvers.adaround import Learning
 from jaxcompress.quantization.solvers.adaround import solve as learn
 from jaxcompress.quantization.solvers.gptq import Options, check_tries, solve
 from jaxcompress.quantization.spec import Quantize, check_quantize
-from jaxcompress.rules import default_axes
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count, is_number, register_spec
+from jaxcompress.specs import LeafContext, is_count, is_number, register_spec
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class LayerSpec(Quantize):
-    """A `Quantize` whose codes are chosen by the Gram matrix of the inputs that meet the leaf.
+class LayerSpec(SolverSpec, Quantize):
+    """A `Quantize` whose codes are chosen by the Gram matrix of the inputs that meet the leaf."""
 
-    A subclass defines `solved`.
-    """
+    looked_up: ClassVar[str] = "nothing can make up for its rounding; write Quantize instead"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,44 +34,6 @@ class LayerSpec(Quantize):
         """The format alone, as the solvers take it."""
         names = [field.name for field in dataclasses.fields(Quantize)]
         return Quantize(**{name: getattr(self, name) for name in names})
-
-    def solved(self, w: jax.Array, gram: jax.Array, how: Folding, context: LeafContext) -> Any:
-        """The leaf for weights `[..., K, N]` and their Gram matrix."""
-        raise NotImplementedError
-
-    def plan(self, leaf: Any, context: LeafContext) -> Plan:
-        """Settles the shapes from the leaf and the statistics; `apply` refuses."""
-        return _LayerPlan(self, self._folding(leaf, context), context.path)
-
-    def _folding(self, leaf: Any, context: LeafContext) -> Folding:
-        return fitted_folding(
-            leaf,
-            context,
-            type(self).__name__,
-            "nothing can make up for its rounding; write Quantize instead",
-        )
-
-    def __call__(self, leaf: Any, context: LeafContext | None = None) -> Any:
-        """Compresses one array by the statistics of the context."""
-        if context is None:
-            context = LeafContext("leaf", default_axes("leaf", leaf.ndim))
-        if is_compressed(leaf):
-            raise SpecError(f"{context.path}: {self!r} needs the dense weight; put it first")
-        how = self._folding(leaf, context)
-        solve: Callable[..., Any] = lambda w, gram: self.solved(w, gram, how, context)
-        return on_matrices(solve, how, leaf, context.stats.gram, context.path)  # type: ignore[union-attr]
-
-
-@dataclasses.dataclass(frozen=True)
-class _LayerPlan(Plan):
-    spec: Spec
-    folding: Folding
-    path: str
-
-    def apply(self, leaf: jax.Array, key: jax.Array | None) -> Any:
-        """Refuses: a plan is static, and the statistics are arrays."""
-        name = type(self.spec).__name__
-        raise SpecError(f"{self.path}: {name} needs statistics; call the spec, not its plan")
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

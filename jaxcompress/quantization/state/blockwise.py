@@ -13,6 +13,7 @@ from jaxcompress.arrays.base import CompressedArray
 from jaxcompress.arrays.dynamic import DynamicArray, block_shares
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.errors import SpecError
+from jaxcompress.numerics import stochastic_round
 from jaxcompress.specs import is_count
 
 FORMATS = ("dynamic8", "int8")
@@ -53,7 +54,7 @@ class Blockwise(NamedTuple):
         wide = wide if signed else jnp.maximum(wide, 0)
         largest, share = block_shares(wide, axis, size)
         levels = 127 if signed else 255
-        codes = stochastic_round(share * levels, key)
+        codes = round_with(share * levels, key)
         if not signed:
             codes = jnp.where(wide > 0, jnp.maximum(codes, 1), codes)
         dtype, name = (jnp.int8, "int8") if signed else (jnp.uint8, "uint8")
@@ -73,22 +74,9 @@ def block_axis(shape: tuple[int, ...], block_size: int) -> int:
     return long[-1] if long else max(range(-len(shape), 0), key=lambda a: shape[a])
 
 
-def stochastic_round(x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """`floor(x) + (u < x - floor(x))`, u uniform in [0, 1): the mean is x. Without a key: nearest.
-
-    Whole numbers stay as they are, and a mean is off by at most the 2**-23 that u resolves.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> x = jnp.full(10_000, 2.25)
-      >>> y = stochastic_round(x, jax.random.key(0))
-      >>> sorted({float(v) for v in y}), abs(float(y.mean()) - 2.25) < 0.02
-      ([2.0, 3.0], True)
-    """
-    if key is None:
-        return jnp.round(x)
-    low = jnp.floor(x)
-    return low + (jax.random.uniform(key, x.shape) < x - low)
+def round_with(x: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Up or down at random, such that the mean is x; without a key to nearest."""
+    return jnp.round(x) if key is None else stochastic_round(x, jax.random.uniform(key, x.shape))
 
 
 def takes(shape: tuple[int, ...], block_size: int) -> int:

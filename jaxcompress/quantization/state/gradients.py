@@ -11,7 +11,7 @@ import optax
 from jaxcompress import compat
 from jaxcompress.arrays.dynamic import block_shares
 from jaxcompress.errors import SpecError
-from jaxcompress.quantization.state.blockwise import block_axis, is_floating, stochastic_round
+from jaxcompress.quantization.state.blockwise import block_axis, is_floating, round_with
 from jaxcompress.specs import is_count
 
 
@@ -87,7 +87,7 @@ def quantize_gradients(
             largest = jnp.repeat(largest, size, axis=axis)
             largest = jax.lax.slice_in_dim(largest, 0, x.shape[axis], axis=x.ndim + axis)
         # Whole levels are divided first: the largest comes out as it went in.
-        return (largest * (stochastic_round(share * levels, key) / levels)).astype(g.dtype)
+        return (largest * (round_with(share * levels, key) / levels)).astype(g.dtype)
 
     def update(
         updates: Any, state: QuantizeGradientsState, params: Any = None
