@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.extend.core as jex_core
@@ -25,6 +25,33 @@ Primitive = jex_core.Primitive
 Var = jex_core.Var
 JaxprEqn = jex_core.JaxprEqn
 Literal = jex_core.Literal
+
+
+T = TypeVar("T")
+
+
+def register_node(cls: type[T], data: Sequence[str], static: Sequence[str] = ()) -> type[T]:
+    """Registers a dataclass as a pytree node.
+
+    Not by `jax.tree_util.register_dataclass`: in jax 0.10, two such classes with equal static
+    fields have equal tree structures, so that a jitted function may run the program that it
+    compiled for the other class.
+
+    Args:
+      cls: the class; made anew from its fields by name.
+      data: the fields that hold arrays, other nodes or None.
+      static: all others, hashable.
+    """
+    data, static = tuple(data), tuple(static)
+    keys = tuple(jax.tree_util.GetAttrKey(name) for name in data)
+    meta = lambda x: tuple(getattr(x, name) for name in static)
+    jax.tree_util.register_pytree_with_keys(
+        cls,
+        lambda x: (tuple((k, getattr(x, name)) for k, name in zip(keys, data)), meta(x)),
+        lambda aux, found: cls(**dict(zip(data, found)), **dict(zip(static, aux))),
+        lambda x: (tuple(getattr(x, name) for name in data), meta(x)),
+    )
+    return cls
 
 
 def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:

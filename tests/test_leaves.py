@@ -96,3 +96,14 @@ def test_a_storage_leaf_is_final(leaf):
 def test_factors_that_do_not_meet_are_refused(left, right):
     with pytest.raises(ValueError, match="do not meet in one rank"):
         jc.LowRankArray.of(jnp.ones(left), jnp.ones(right))
+
+
+def test_leaves_of_two_types_have_two_structures():
+    # Equal static fields and as many children: a program compiled for one must not run the other.
+    learned = jc.quantization
+    trees = [spec(jnp.eye(4)) for spec in (learned.DoReFa(3), learned.WRPN(3))]
+    assert [x.static for x in trees[:1]] == [x.static for x in trees[1:]]
+    one, other = map(jax.tree.structure, trees)
+    assert one != other
+    assert {one: 1, other: 2} == {other: 2, one: 1}
+    assert [type(jc.finalize(x)).__name__ for x in trees] == ["CodebookArray", "QuantizedArray"]

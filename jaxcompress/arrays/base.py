@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcompress import compat
 from jaxcompress.arrays.deferred import deferred_primitive
 from jaxcompress.arrays.layout import Layout
 from jaxcompress.errors import CompressError
@@ -193,7 +194,7 @@ def register_array(
         cls.trainable = tuple(trainable)
         cls.inner = tuple(inner)
         cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-        jax.tree_util.register_dataclass(cls, data_fields=list(children), meta_fields=list(static))
+        compat.register_node(cls, children, static)
         _TYPES[form] = cls
         return cls
 

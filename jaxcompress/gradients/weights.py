@@ -18,9 +18,9 @@ from jaxcompress.rules import KernelAxes, check_axes, default_axes, flatten
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("values", "others"),
-    meta_fields=("paths", "chosen", "structure"),
+    compat.register_node,
+    data=("values", "others"),
+    static=("paths", "chosen", "structure"),
 )
 @dataclasses.dataclass(frozen=True)
 class Weights:

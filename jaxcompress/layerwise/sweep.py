@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcompress import compat
 from jaxcompress.layerwise.ranges import Scales
 from jaxcompress.layerwise.rounding import Rounding
 
@@ -132,7 +134,7 @@ class _Part(NamedTuple):
         return _Part(x, factor, real, given, exact, self.wanted, self.scales, fixed)
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(compat.register_node, data=("values", "mask", "codes", "scales"))
 @dataclasses.dataclass
 class _Rows:
     """Rows that are done.

@@ -182,19 +182,21 @@ def test_equalization_leaves_the_function_and_evens_the_ranges(depthwise):
     np.testing.assert_allclose(found, jnp.sqrt(r1 * r2), rtol=16 * U)
 
 
-def test_corrected_biases_have_no_mean_error():
-    x = normal(5, 6, 6, 3, seed=1) + 1
-    params = {"kernel": normal(3, 3, 3, 8), "bias": normal(8, seed=2)}
+@pytest.mark.parametrize("groups", [1, 4, 12])
+def test_corrected_biases_have_no_mean_error(groups):
+    x = normal(5, 6, 6, 12, seed=1) + jnp.arange(12) / 6
+    params = {"kernel": normal(3, 3, 12 // groups, 24), "bias": normal(24, seed=2)}
     fn = lambda p, x: jax.lax.conv_general_dilated(
-        x, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     ) + p["bias"]  # fmt: skip
     stats = jc.observe(fn, params, [x], ("mean",), leaves="kernel")
     small = jc.compress(params, {"kernel": jc.Quantize("int3")})
     fixed = correct_biases(params, small, stats)
     mean = lambda p: np.mean(wide(fn(jc.decompress(p), x)), axis=(0, 1, 2))
     exact = mean(params)
-    # Sums of 27 terms of up to 4 * 4, whose means are taken over 180 places.
-    np.testing.assert_allclose(mean(fixed), exact, rtol=0, atol=27 * 16 * 16 * U)
+    # Sums of up to 108 terms of up to 4 * 6, whose means are taken over 180 places.
+    np.testing.assert_allclose(mean(fixed), exact, rtol=0, atol=108 * 24 * 16 * U)
     assert np.max(np.abs(mean(small) - exact)) > 0.05
     assert fixed["kernel"] is small["kernel"]
 
@@ -259,6 +261,8 @@ def test_refusals():
         equalize(w, [("kernel", None, "kernel")])
     with pytest.raises(jc.SpecError, match="2 means"):
         correct_biases(w, w, {"kernel": jnp.ones(2)})
+    with pytest.raises(jc.SpecError, match="12 means"):
+        correct_biases(w, w, {"kernel": jnp.ones((3, 4))})
     with pytest.raises(jc.SpecError, match="no inputs"):
         Rotate()(jnp.ones(3))
     with pytest.raises(jc.RuleError, match="no leaf"):

@@ -12,7 +12,9 @@ from jax.scipy.stats import norm
 
 from jaxcompress.arrays.base import materialize
 from jaxcompress.errors import SpecError
+from jaxcompress.layerwise.folding import folding
 from jaxcompress.quantization.transforms.leaves import Axes, Leaves
+from jaxcompress.rules import KernelAxes
 
 
 def correct_biases(
@@ -32,7 +34,8 @@ def correct_biases(
       small: the compressed tree.
       means: E[x] for the paths of kernels: `mean` of `observe` as it comes
         (`{path: {axes: InputStats}}`, empirical), or arrays of as many values as the kernel has
-        inputs, in the order of its input axes (analytic, see `relu_mean`).
+        inputs, in the order of its input axes (analytic, see `relu_mean`); of a grouped
+        convolution, so many for each group.
       biases: the path of a kernel's bias, where that is not `bias` beside it.
       axes: the axes of kernels by path; Flax's by default.
 
@@ -59,18 +62,9 @@ def correct_biases(
         where = dense.axes(path)
         w, w_hat = dense.dense(path), materialize(leaves.any(path))
         mean = _mean(path, given, tuple(where.input))
-        sizes = [w.shape[a] for a in where.input]
         if w.ndim != len(where.input) + len(where.output):
             raise SpecError(f"{path}: is a stack of weights; split it into leaves")
-        if mean.size != math.prod(sizes):
-            raise SpecError(f"{path}: {mean.size} means for inputs of shape {tuple(sizes)}")
-        error = w_hat.astype(jnp.float32) - w.astype(jnp.float32)
-        shift = jnp.tensordot(
-            mean.reshape(sizes),
-            error,
-            (list(range(len(sizes))), [a + w.ndim for a in where.input]),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        shift = _mean_error(path, mean, w, w_hat, where)
         beside = f"{path.rpartition('/')[0]}/bias".lstrip("/")
         bias_path = (biases or {}).get(path, beside)
         bias = leaves.dense(bias_path)
@@ -78,6 +72,20 @@ def correct_biases(
             bias.dtype
         )
     return leaves.tree()
+
+
+def _mean_error(path: str, mean: jax.Array, w: Any, w_hat: Any, axes: KernelAxes) -> jax.Array:
+    """`E[x] (w_hat - w)`, a value for each output."""
+    how = folding(w, axes)
+    rows, columns = math.prod(how.inputs), math.prod(how.outputs)
+    groups = 1 if mean.size == rows else mean.shape[0]
+    if groups > 1 and (mean.shape != (groups, rows) or columns % groups):
+        raise SpecError(f"{path}: {mean.size} means for inputs of shape {how.inputs}")
+    how = how._replace(groups=groups)
+    error = how.fold(w_hat.astype(jnp.float32) - w.astype(jnp.float32))
+    error = error.reshape(groups, rows, columns // groups)
+    means = mean.reshape(groups, rows)
+    return jnp.einsum("gk,gkn->gn", means, error, precision=jax.lax.Precision.HIGHEST)
 
 
 def _mean(path: str, given: Any, inputs: tuple[int, ...]) -> jax.Array:
