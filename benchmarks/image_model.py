@@ -2,14 +2,12 @@
 
     python benchmarks/image_model.py [--quick]
 
-All kernels are int8 with one scale for each output channel, norms folded: rounded to nearest; with
-the mean error taken off the biases of all but depthwise layers; or by GPTQ, again all but the
-depthwise ones, which have nine or 25 weights to a scale. The classes are compared with those of the
-float32 model on random crops of 27 photographs, twenty of them from ImageNet; what is calibrated
-has seen crops of every other photograph only, and is tested on those of the rest, both ways.
-Twenty labels would make no claim of accuracy, so there is none: the class has to be the same for
-97%. With the norms folded and nothing rounded, it may differ only where two classes are as good
-as equal.
+All kernels are int8 with one scale for each output channel, norms folded: rounded to nearest, and
+the same with the mean error of each layer taken off its biases. The classes are compared with those
+of the float32 model on random crops of 27 photographs, twenty of them from ImageNet; the means are
+of crops of every other photograph only, and the test on those of the rest, both ways. Twenty labels
+would make no claim of accuracy, so there is none: the class has to be the same for 97%. With the
+norms folded and nothing rounded, it may differ only where two classes are as good as equal.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import jax
 import numpy as np
 
 import jaxcompress as jc
-from jaxcompress.quantization import GPTQ, correct_biases, fold_batch_norms
+from jaxcompress.quantization import correct_biases, fold_batch_norms
 
 from common import Row, row, show  # isort: skip
 
@@ -32,10 +30,7 @@ from assets import AssetError, fetch
 
 CROPS, BATCH, AGREE = 500, 20, 0.97
 INT8 = jc.Quantize("int8", estimator="mse")
-SOLVED = (
-    "params/stem/kernel", "params/**/expand/kernel", "params/**/project/kernel",
-    "params/head/kernel", "params/classes/kernel",
-)  # fmt: skip
+KERNELS = "params/**/kernel"
 
 
 def photographs() -> list[Path]:
@@ -45,20 +40,14 @@ def photographs() -> list[Path]:
             if file.suffix in (".jpg", ".png")]  # fmt: skip
 
 
-def calibrated(folded: Any, files: list[Path]) -> dict[str, Any]:
-    """The same with other biases, and by GPTQ."""
+def corrected(folded: Any, nearest: Any, files: list[Path]) -> Any:
+    """The same with other biases."""
     images = model.crops(files, 54, seed=1).astype(np.float32)
     batches = [(images[:27],), (images[27:],)]
-    stats = jc.observe(model.network, folded, batches, ("mean", "gram"), leaves=SOLVED)
-    nearest = jc.compress(folded, {"params/**/kernel": INT8})
+    stats = jc.observe(model.network, folded, batches, ("mean",), leaves=KERNELS)
     beside = {f"params/{a}/kernel": f"params/{b}/bias" for a, b in model.norms().items()}
     biases = {path: beside.get(path, "params/classes/bias") for path in stats}
-    gptq = GPTQ("int8", tries=20, act_order=True)
-    rules = {**dict.fromkeys(SOLVED, gptq), "params/**/kernel": INT8}
-    return {
-        "int8, biases corrected": correct_biases(folded, nearest, stats, biases=biases),
-        "int8, GPTQ": jc.compress(folded, rules, stats=stats),
-    }
+    return correct_biases(folded, nearest, stats, biases=biases)
 
 
 def run(quick: bool = False) -> list[Row]:
@@ -79,14 +68,13 @@ def run(quick: bool = False) -> list[Row]:
 
     dense, classes = logits(variables, images), lambda x: np.argmax(x, axis=-1)
     folded = fold_batch_norms(variables, model.norms(), epsilon=model.EPSILON)
-    nearest = jc.compress(folded, {"params/**/kernel": INT8})
+    nearest = jc.compress(folded, {KERNELS: INT8})
     found = {"norms folded": logits(folded, images), "int8": logits(nearest, images)}
     half = np.arange(len(images)) % len(files) % 2
+    moved = found["int8, biases corrected"] = np.zeros_like(dense)
     for mine in (0, 1):
-        for name, tree in calibrated(folded, files[1 - mine :: 2]).items():
-            found.setdefault(name, np.zeros_like(dense))[half == mine] = logits(
-                tree, images[half == mine]
-            )
+        tree = corrected(folded, nearest, files[1 - mine :: 2])
+        moved[half == mine] = logits(tree, images[half == mine])
     rows = []
     for name, ours in found.items():
         what, least = f"EfficientNet-Lite0, {name}", 0.99 if name == "norms folded" else AGREE

@@ -64,7 +64,12 @@ def same(fn, leaf, *args, exact=False):
         np.testing.assert_allclose(np.float32(a), np.float32(b), atol=bound, rtol=0)
 
 
-FEW = ["int5 ragged groups", "gaps", "low rank of int8", "codebook"]
+FEW = [
+    "int5 ragged groups",
+    pytest.param("gaps", marks=pytest.mark.slow),
+    "low rank of int8",
+    pytest.param("codebook", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("form", FEW)

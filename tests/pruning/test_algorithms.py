@@ -547,7 +547,9 @@ def test_on_a_mesh_with_explicit_axes(which):
     eight_devices.run(EXPLICIT, which)
 
 
-@pytest.mark.parametrize("name", ["random", "set", "rigl", "deep_r", "movement", "taylor"])
+@pytest.mark.parametrize(
+    "name", some(["random", "set", "rigl", "deep_r", "movement", "taylor"], ("rigl", "movement"))
+)
 def test_leaves_chosen_one_by_one_are_those_chosen_together(name, monkeypatch):
     algorithm = P.movement() if name == "movement" else ALGORITHMS[name]
     schedule = P.cubic_schedule(0.7, begin=1, end=9, every=3)
