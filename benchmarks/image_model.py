@@ -2,12 +2,13 @@
 
     python benchmarks/image_model.py [--quick]
 
-All kernels are int8 with one scale for each output channel, norms folded: rounded to nearest, and
-the same with the mean error of each layer taken off its biases. The classes are compared with those
-of the float32 model on random crops of 27 photographs, twenty of them from ImageNet; the means are
-of crops of every other photograph only, and the test on those of the rest, both ways. Twenty labels
-would make no claim of accuracy, so there is none: the class has to be the same for 97%. With the
-norms folded and nothing rounded, it may differ only where two classes are as good as equal.
+All kernels are int8 with one scale for each output channel, norms folded: rounded to nearest or by
+GPTQ, and the same with the mean error of each layer taken off its biases. The classes are compared
+with those of the float32 model on random crops of 27 photographs, twenty of them from ImageNet;
+what is calibrated has seen crops of every other photograph only, and is tested on those of the
+rest, both ways. Twenty labels would make no claim of accuracy, so there is none: the class has to
+be the same for 97%. With the norms folded and nothing rounded, it may differ only where two classes
+are as good as equal.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 
 import jaxcompress as jc
-from jaxcompress.quantization import correct_biases, fold_batch_norms
+from jaxcompress.quantization import GPTQ, correct_biases, fold_batch_norms
 
 from common import Row, row, show  # isort: skip
 
@@ -40,14 +41,18 @@ def photographs() -> list[Path]:
             if file.suffix in (".jpg", ".png")]  # fmt: skip
 
 
-def corrected(folded: Any, nearest: Any, files: list[Path]) -> Any:
-    """The same with other biases."""
+def calibrated(folded: Any, nearest: Any, files: list[Path]) -> dict[str, Any]:
+    """By statistics of some photographs: other biases, and kernels by GPTQ."""
     images = model.crops(files, 54, seed=1).astype(np.float32)
     batches = [(images[:27],), (images[27:],)]
-    stats = jc.observe(model.network, folded, batches, ("mean",), leaves=KERNELS)
+    stats = jc.observe(model.network, folded, batches, ("mean", "gram"), leaves=KERNELS)
     beside = {f"params/{a}/kernel": f"params/{b}/bias" for a, b in model.norms().items()}
     biases = {path: beside.get(path, "params/classes/bias") for path in stats}
-    return correct_biases(folded, nearest, stats, biases=biases)
+    solved = jc.compress(folded, {KERNELS: GPTQ("int8", act_order=True)}, stats=stats)
+    return {
+        f"{name}, biases corrected": correct_biases(folded, small, stats, biases=biases)
+        for name, small in {"int8": nearest, "int8, GPTQ": solved}.items()
+    }
 
 
 def run(quick: bool = False) -> list[Row]:
@@ -71,10 +76,10 @@ def run(quick: bool = False) -> list[Row]:
     nearest = jc.compress(folded, {KERNELS: INT8})
     found = {"norms folded": logits(folded, images), "int8": logits(nearest, images)}
     half = np.arange(len(images)) % len(files) % 2
-    moved = found["int8, biases corrected"] = np.zeros_like(dense)
     for mine in (0, 1):
-        tree = corrected(folded, nearest, files[1 - mine :: 2])
-        moved[half == mine] = logits(tree, images[half == mine])
+        for name, small in calibrated(folded, nearest, files[1 - mine :: 2]).items():
+            moved = found.setdefault(name, np.zeros_like(dense))
+            moved[half == mine] = logits(small, images[half == mine])
     rows = []
     for name, ours in found.items():
         what, least = f"EfficientNet-Lite0, {name}", 0.99 if name == "norms folded" else AGREE

@@ -190,7 +190,10 @@ def test_zeros_dead_inputs_and_singular_matrices(name):
     assert np.isfinite(weight).all()
     assert np.isfinite(float(found.error))
     assert not weight[5:7, :4].any()
-    assert not weight[3].any()
+    # Nothing is known of the fourth input, so its weights are the nearest of their groups' grid.
+    step = np.float32(found.scale).reshape(2, 12)[0]
+    assert weight[3].any()
+    assert np.all(np.abs(weight[3] - w[3]) <= step / 2 * (1 + 1e-6))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

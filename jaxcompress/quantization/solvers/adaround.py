@@ -204,9 +204,8 @@ class _Layer:
     @classmethod
     def of(cls, w: jax.Array, gram: jax.Array, options: Options, run: int) -> _Layer:
         h, spec, group = normalized(gram), options.quantize, options.group(run)
-        start = jnp.where(h.dead[:, None], 0, w)
         rounding = Rounding(np.dtype(w.dtype), spec, group, options.tries)
-        scales = run_scales(start, jnp.diagonal(h.gram), rounding, run)
+        scales = run_scales(w, jnp.diagonal(h.gram), rounding, run)
         runs = lambda x: x.reshape(-1, run, w.shape[1]) if group is not None else x
         groups = lambda y: y if group is None else y.reshape(-1, -(-run // group), w.shape[1])
         mine = jax.tree.map(groups, scales)
@@ -214,10 +213,10 @@ class _Layer:
         raw = lambda codes: values_of(runs(codes), mine, spec, group).reshape(w.shape)
         values = lambda codes: rounded(raw(codes), w.dtype).astype(jnp.float32)
         # The width of a step is what one code more is worth.
-        zero = codes(jnp.zeros_like(start))
+        zero = codes(jnp.zeros_like(w))
         step = raw(zero.astype(jnp.float32) + 1)
-        grid = start.astype(jnp.float32) / step
-        return cls(start.astype(jnp.float32), grid, step, start != 0, h, scales, codes, values)
+        wide = w.astype(jnp.float32)
+        return cls(wide, wide / step, step, w != 0, h, scales, codes, values)
 
     def error(self, values: jax.Array) -> jax.Array:
         """The squared error of each output, `[N]`, up to the scale of the Gram matrix."""

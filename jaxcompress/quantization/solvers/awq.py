@@ -178,7 +178,7 @@ def _unscaled(w: jax.Array, inverse: jax.Array) -> jax.Array:
 def _rounded(w: jax.Array, h: Normal, options: Options, run: int, inverse: jax.Array) -> Solution:
     """Plain rounding of `diag(s) w`."""
     rounding = Rounding(np.dtype(w.dtype), options.quantize, options.group(run), options.tries)
-    scaled = jnp.where(h.dead[:, None], 0, _scaled(w, inverse))
+    scaled = _scaled(w, inverse)
     weights = jnp.diagonal(h.gram) * jnp.square(inverse.astype(jnp.float32))[:, 0]
     codes, values, scales = nearest(scaled, weights, rounding, run)
     weight = _unscaled(values.astype(w.dtype), inverse)

@@ -57,8 +57,8 @@ def gptq(
 
     Args:
       w: `[..., K, N]`, inputs before outputs; float32, bfloat16 or float16.
-      gram: `[..., K, K]`, `sum x x'`, as `observe` has it. An input that is always zero (a zero on
-        the diagonal) gets weights of zero.
+      gram: `[..., K, K]`, `sum x x'`, as `observe` has it. The weights of an input that was
+        always zero (a zero on the diagonal) are rounded to nearest: later inputs may be others.
       quantize: the format, a `Quantize` without `axis`.
       act_order: whether rows are taken by decreasing diagonal of `gram`, of equal ones the first
         one first. Groups stay where they lie, with the scales of the weights that were given, so
@@ -183,7 +183,6 @@ def _in_place(
     w: jax.Array, gram: jax.Array, damping: Any, lay: Frame, how: Sweep, run: int, outliers: int
 ) -> Solution:
     h = hessian(lay.padded(lay.padded(gram).T), damping)
-    w = jnp.where(h.dead[lay.place, None], 0, w)
     inverse = jnp.sum(jnp.square(h.factor), axis=0)[lay.place]
     exact = _outliers(w, inverse, how.rounding, run, outliers)
     weight, codes, scales = _swept(w, h.factor, lay, how, None, exact)
@@ -200,7 +199,6 @@ def _in_order_of_size(
     order = jnp.argsort(-jnp.diagonal(gram), stable=True)
     back = jnp.argsort(order)
     h = hessian(lay.padded(lay.padded(gram[order][:, order]).T), damping)
-    w = jnp.where(h.dead[lay.place][back][:, None], 0, w)
     inverse = jnp.sum(jnp.square(h.factor), axis=0)[lay.place][back]
     exact = _outliers(w, inverse, how.rounding, run, outliers)
     coded = w if exact is None else jnp.where(exact, 0, w)

@@ -120,7 +120,7 @@ def _one(w: jax.Array, h: Hessian, rounding: Rounding) -> Solution:
         state = (start, inverse, jnp.ones(rows, bool), codes, jnp.zeros(rows))
         return lax.fori_loop(0, rows, step, state)[3:]
 
-    x = jnp.where(h.dead[:, None], 0.0, w.astype(jnp.float32))
+    x = w.astype(jnp.float32)
     codes, values = lax.map(column, (x.T, jax.tree.map(jnp.transpose, scales)))
     weight = values.T.astype(w.dtype)
     return Solution(weight, None, h.damping, output_error(h, w, weight), codes.T, *scales)
