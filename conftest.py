@@ -29,3 +29,17 @@ def pytest_runtest_teardown() -> None:
             many = sum(1 for _ in maps) > _MOST
         if many:
             jax.clear_caches()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `thin(n)`, `make test` runs every n-th case, `make test-slow` all."""
+    seen: dict[str, int] = {}
+    for item in items:
+        mark = item.get_closest_marker("thin")
+        if mark is None:
+            continue
+        name = item.nodeid.partition("[")[0]
+        seen[name] = seen.get(name, -1) + 1
+        if seen[name] % mark.args[0]:
+            item.add_marker(pytest.mark.slow)

@@ -90,7 +90,12 @@ def names(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("page", PAGES)
+SLOW = {f"docs/{name}.md" for name in ("gates", "iterative", "mixed-precision", "solvers")}
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in PAGES]
+)
 def test_the_code_of_a_page_runs(page, names, capsys):
     found = blocks(page)
     assert found

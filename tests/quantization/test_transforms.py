@@ -262,7 +262,7 @@ def test_refusals():
     with pytest.raises(jc.SpecError, match="2 means"):
         correct_biases(w, w, {"kernel": jnp.ones(2)})
     with pytest.raises(jc.SpecError, match="12 means"):
-        correct_biases(w, w, {"kernel": jnp.ones((3, 4))})
+        correct_biases(w, w, {"kernel": jnp.ones(12)})
     with pytest.raises(jc.SpecError, match="no inputs"):
         Rotate()(jnp.ones(3))
     with pytest.raises(jc.RuleError, match="no leaf"):

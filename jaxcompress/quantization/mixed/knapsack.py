@@ -76,7 +76,8 @@ def _milp(goal: np.ndarray, table: np.ndarray, budgets: np.ndarray, item: np.nda
     # Errors in units in which HiGHS's absolute gap of 1e-6 is nothing; costs in shares of budgets.
     spread = float(goal.max() - goal.min())
     goal = (goal - goal.min()) * (1e6 / spread if spread > 0 else 1.0)
-    scale = np.maximum(np.abs(table).max(axis=1, initial=0.0), np.finfo(np.float64).tiny)
+    largest = np.abs(table).max(axis=1, initial=0.0)
+    scale = np.where(largest > 0, largest, 1.0)
     constraints: list[Any] = [LinearConstraint(each, 1, 1)]
     if len(table):
         constraints.append(LinearConstraint(table / scale[:, None], -np.inf, budgets / scale))
