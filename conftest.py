@@ -33,11 +33,11 @@ def pytest_runtest_teardown() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `thin(n)`, `make test` runs every n-th case, `make test-slow` all."""
+    """Of a test marked `thin(n)`, `make test` runs every n-th case that is not slow anyway."""
     seen: dict[str, int] = {}
     for item in items:
         mark = item.get_closest_marker("thin")
-        if mark is None:
+        if mark is None or item.get_closest_marker("slow"):
             continue
         name = item.nodeid.partition("[")[0]
         seen[name] = seen.get(name, -1) + 1

@@ -60,7 +60,8 @@ def refreshed(
       grads: their gradients.
       starts: the moments as `init` makes them, to which those of weights that come are set back.
     """
-    ends = (schedule.initial, schedule.final)
+    # On the host and once: how many stay at either end of the schedule.
+    ends = choice.counts((schedule.initial, schedule.final), lambda first, last: (first, last))
     sites = choice.sites
     alone = algorithm.apart and not choice.together
     groups = [[i] for i in range(len(sites))] if alone else [list(range(len(sites)))]
@@ -71,9 +72,8 @@ def refreshed(
         mine = Held(pick(held.masks), own, held.nan[jnp.array(group)], pick(held.moments))
 
         def choose(masks: Any, own: Any, step: Any, weights: Any, grads: Any, group=group) -> Any:
-            counts = choice.counts(ends, lambda first, last: schedule.kept(first, last, step))
             few = choice.of(group)
-            counts = [counts[i] for i in group]
+            counts = [schedule.kept(a, b, step) for a, b in (ends[i] for i in group)]
             moment = Moment(weights, grads, masks, counts, step, step == schedule.begin, group)
             new, own = algorithm.choose(few, moment, own)
             return new, own, jnp.stack([has_nan(x) for x in weights])
