@@ -16,6 +16,7 @@ from jaxcompress.arrays.base import (
     register_rule,
 )
 from jaxcompress.arrays.codebook import CodebookArray
+from jaxcompress.arrays.factored_conv import FactoredArray
 from jaxcompress.arrays.fake_quantized import FakeQuantizedArray
 from jaxcompress.arrays.low_rank import LowRankArray
 from jaxcompress.arrays.packed import PackedArray
@@ -69,6 +70,7 @@ __all__ = [
     "CompressedArray",
     "Contents",
     "Difference",
+    "FactoredArray",
     "FakeQuantize",
     "FakeQuantizedArray",
     "FileError",

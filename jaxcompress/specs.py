@@ -97,12 +97,22 @@ class Spec:
             )
         changes = {}
         for name in leaf.inner:
-            child = getattr(leaf, name)
-            path = f"{context.path}.{name}"
-            same = name in getattr(leaf, "grids", ())
-            axes = context.axes if same else child_axes(leaf, name, child)
-            changes[name] = self(child, LeafContext(path, axes, context.key))
+            child, path = getattr(leaf, name), f"{context.path}.{name}"
+            if isinstance(child, tuple):
+                parts = enumerate(child)
+                changes[name] = tuple(
+                    self._child(leaf, name, x, f"{path}.{i}", context) for i, x in parts
+                )
+            else:
+                changes[name] = self._child(leaf, name, child, path, context)
         return leaf.replace(**changes)
+
+    def _child(
+        self, leaf: CompressedArray, name: str, child: Any, path: str, context: LeafContext
+    ) -> Any:
+        same = name in getattr(leaf, "grids", ())
+        axes = context.axes if same else child_axes(leaf, name, child)
+        return self(child, LeafContext(path, axes, context.key))
 
 
 _SPECS: dict[str, type[Spec]] = {}
@@ -185,8 +195,9 @@ def child_axes(leaf: CompressedArray, name: str, child: Any) -> KernelAxes:
     trailing = child.ndim - batch
     if trailing == 1:
         return KernelAxes((-1,), ())
-    # The left factor maps its first axes to the rank, the right one the rank to its last axes.
-    inputs = trailing - 1 if name == "left" else 1
+    # The left factor maps its first axes to the rank, the right one the rank to its last axes. Of a
+    # network of factors each maps all its axes but the last.
+    inputs = 1 if name == "right" else trailing - 1
     return KernelAxes(
         tuple(range(-trailing, -trailing + inputs)), tuple(range(-trailing + inputs, 0))
     )

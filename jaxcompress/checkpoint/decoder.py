@@ -157,6 +157,8 @@ class Decoder:
         if "array" in node:
             shape, dtype = self.source.info(node)
             return math.prod(shape) * dtype.itemsize
+        if "tuple" in node:
+            return sum(self.nbytes(child) for child in node["tuple"])
         return sum(self.nbytes(child) for child in node.get("children", {}).values())
 
     def _array(self, node: dict[str, Any]) -> Any:
@@ -182,7 +184,8 @@ class Decoder:
             name: self._node(child, f"{where}.{name}") for name, child in node["children"].items()
         }
         for name, child in children.items():
-            if not (child is None or is_compressed(child) or isinstance(child, _ARRAYS)):
+            parts = child if isinstance(child, tuple) else (child,)
+            if not all(x is None or is_compressed(x) or isinstance(x, _ARRAYS) for x in parts):
                 raise FileError(f"{damaged}: its {name} is {child!r} and no array")
         static = {name: from_json(value) for name, value in node["static"].items()}
         try:

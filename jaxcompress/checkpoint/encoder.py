@@ -115,8 +115,10 @@ class Encoder:
     def _compressed(
         self, leaf: CompressedArray, path: str, layouts: Mapping[str, Layout], held: bool
     ) -> Any:
-        def child(name: str) -> Any:
-            value, where = getattr(leaf, name), f"{path}.{name}"
+        def child(name: str, value: Any, where: str) -> Any:
+            if type(value) is tuple:
+                parts = enumerate(value)
+                return {"tuple": [child(name, x, f"{where}.{i}") for i, x in parts]}
             if is_compressed(value):
                 # What its owner knows of the child's bytes is more than what it knows itself.
                 inner = value.layouts()
@@ -129,7 +131,9 @@ class Encoder:
                 raise FileError(f"{where} is {value!r}; a child of a leaf is an array, or static")
             return self._array(value, where, layouts.get(name), held)
 
-        children = {name: child(name) for name in leaf.children}
+        children = {
+            name: child(name, getattr(leaf, name), f"{path}.{name}") for name in leaf.children
+        }
         return {
             "form": leaf.form,
             "shape": list(leaf.shape),

@@ -72,6 +72,8 @@ def named_arrays(node: Any, kind: str = "dense") -> Iterator[tuple[str, str]]:
         return
     if "array" in node:
         yield kind, node["array"]
+    for child in node.get("tuple", []):
+        yield from named_arrays(child, kind)
     for name, child in node.get("children", {}).items():
         yield from named_arrays(child, name if kind == "dense" else kind)
 
