@@ -15,11 +15,13 @@ from jaxcompress.decomposition.modes import (
     contract,
     left_basis,
     matmul,
+    proximal,
     scaled,
     unfold,
 )
 from jaxcompress.errors import SpecError
 
+_Terms = tuple[tuple[jax.Array, ...], jax.Array]
 _INITS = ("svd", "random")
 
 
@@ -38,8 +40,11 @@ def cp(
     `f_k G = M`, where `M[i, r]` is x contracted with the column r of every other factor, and G is
     the elementwise product of their Gram matrices. The other factors have columns of length one,
     so G has ones on its diagonal; the system solved is `f_k (G + c I) = M + c old_f_k` with
-    `c = 1e-6 rank`, a proximal step: it never raises the error, has the same fixed points, and
-    is solvable where columns coincide. A sweep costs two products of x with a factor.
+    `c = 1e-6 trace(G)`, a proximal step: it never raises the error, has the same fixed points, and
+    is solvable where columns coincide. A sweep costs two products of x with a factor, and two like
+    these to compare.
+
+    After each sweep a step `sqrt(sweep)` times as long is tried and taken where its error is less.
 
     The result is a local optimum and depends on where it began. Terms that grow while they
     cancel are the known weakness of CP; see `tucker` for what has none.
@@ -62,7 +67,8 @@ def cp(
 
     References:
       Lebedev et al., *Speeding-up Convolutional Neural Networks Using Fine-tuned
-      CP-Decomposition*, 2014; Kolda and Bader, *Tensor Decompositions and Applications*, 2009.
+      CP-Decomposition*, 2014; Kolda and Bader, *Tensor Decompositions and Applications*, 2009;
+      Harshman, *Foundations of the PARAFAC Procedure*, 1970 (the longer step).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -88,17 +94,21 @@ def _cp(
     a, scale = scaled(x)
     norm = jnp.sqrt(jnp.sum(a**2))
 
-    def step(state: tuple) -> tuple:
-        i, factors, weights, error, _ = state
-        factors, weights = _sweep(a, factors, weights)
-        if not tolerance:
-            return i + 1, factors, weights, error, True
+    def error_of(factors: tuple[jax.Array, ...], weights: jax.Array) -> jax.Array:
         # From the residual itself: a difference of squares says nothing below sqrt(eps).
-        now = jnp.sqrt(jnp.sum((a - _expand(factors, weights)) ** 2)) / jnp.maximum(norm, 1e-30)
-        return i + 1, factors, weights, now, error - now >= tolerance
+        return jnp.sqrt(jnp.sum((a - _expand(factors, weights)) ** 2)) / jnp.maximum(norm, 1e-30)
 
-    start = (0, _initial(a, rank, init, key), jnp.ones(rank), jnp.inf, True)
-    _, factors, weights, _, _ = lax.while_loop(
+    def step(state: tuple) -> tuple:
+        i, old, error, _ = state
+        new = _sweep(a, *old)
+        far = _beyond(old, new, jnp.sqrt(i + 1.0))
+        errors = error_of(*new), error_of(*far)
+        best = jax.tree.map(lambda n, f: jnp.where(errors[1] < errors[0], f, n), new, far)
+        now = jnp.minimum(*errors)
+        return i + 1, best, now, error - now >= tolerance if tolerance else True
+
+    start = (0, (_initial(a, rank, init, key), jnp.ones(rank)), jnp.inf, True)
+    _, (factors, weights), _, _ = lax.while_loop(
         lambda state: (state[0] < iterations) & state[-1], step, start
     )
     share = (weights * scale) ** (1 / x.ndim)
@@ -121,6 +131,15 @@ def _unit_columns(f: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Columns of length one, or zero, and their lengths."""
     length = jnp.sqrt(jnp.sum(f**2, axis=0))
     return f / jnp.where(length > 0, length, 1.0), length
+
+
+def _beyond(old: _Terms, new: _Terms, times: jax.Array) -> _Terms:
+    """A longer step in the direction of the last sweep."""
+    factors, weights = jax.tree.map(lambda o, n: o + times * (n - o), old, new)
+    pairs = [_unit_columns(f) for f in factors]
+    for _, length in pairs:
+        weights = weights * length
+    return tuple(f for f, _ in pairs), weights
 
 
 def _sweep(
@@ -162,12 +181,9 @@ def _solve(
     m: jax.Array, factors: list[jax.Array], weights: jax.Array, mode: int
 ) -> tuple[jax.Array, jax.Array]:
     """The best factor of a mode, as columns of length one and their lengths."""
-    rank = m.shape[1]
     grams = [matmul(f.T, f) for k, f in enumerate(factors) if k != mode]
-    ridge = 1e-6 * rank
-    gram = functools.reduce(jnp.multiply, grams) + ridge * jnp.eye(rank)
-    right = m + ridge * factors[mode] * weights
-    return _unit_columns(jax.scipy.linalg.solve(gram, right.T, assume_a="pos").T)
+    gram = functools.reduce(jnp.multiply, grams)
+    return _unit_columns(proximal(gram, m, factors[mode] * weights))
 
 
 def _expand(factors: tuple[jax.Array, ...], weights: jax.Array) -> jax.Array:

@@ -71,6 +71,24 @@ def left_basis(a: jax.Array, rank: int) -> jax.Array:
     return orthonormal(matmul(a, matmul(a.T, u[:, ::-1][:, :rank])))
 
 
+def through(matrix: jax.Array, q: jax.Array) -> jax.Array:
+    """The Gram matrix of the rows times q, without squaring it."""
+    return matmul(matrix, matmul(matrix.T, q))
+
+
+def proximal(gram: jax.Array, right: jax.Array, old: jax.Array) -> jax.Array:
+    """The factor f nearest to `f gram = right`, from an old one: `f (gram + c I) = right + c old`.
+
+    With `c = 1e-6 trace(gram)`, well above the rounding of the Cholesky factor, a singular system
+    is solvable too. A least squares error of which this is the normal equation never rises, and
+    f stays where `f gram = right`.
+    """
+    size = gram.shape[0]
+    ridge = 1e-6 * jnp.trace(gram) + 1e-30
+    shifted = gram + ridge * jnp.eye(size)
+    return jax.scipy.linalg.solve(shifted, (right + ridge * old).T, assume_a="pos").T
+
+
 def check_array(x: Any, name: str, order: int = 2) -> None:
     """Refuses what is no array of floats of at least some order."""
     if not jnp.issubdtype(x.dtype, jnp.floating):

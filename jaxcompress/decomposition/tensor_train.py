@@ -158,7 +158,7 @@ def _ranks_by_error(x: jax.Array, error: float) -> tuple[int, ...]:
     ranks: list[int] = []
     for n in x.shape[:-1]:
         a = rest.reshape((ranks[-1] if ranks else 1) * n, -1) if rest.size else np.zeros((1, 1))
-        u, s, v = np.linalg.svd(a, full_matrices=False)
+        _, s, v = np.linalg.svd(a, full_matrices=False)
         left_out = np.cumsum((s**2)[::-1])[::-1]
         # Rounding noise of the float64 SVD itself is no rank.
         floor = allowed + (np.finfo(np.float64).eps * len(s)) ** 2 * left_out[0]

@@ -14,15 +14,15 @@ from jaxcompress.decomposition.modes import (
     check_ranks,
     contract,
     left_basis,
-    matmul,
-    orthonormal,
     scaled,
+    through,
     unfold,
 )
+from jaxcompress.decomposition.subspace import amplified, ritz
 from jaxcompress.errors import SpecError
 
-# Power iterations for each factor and sweep; the sweeps carry the basis on.
-_POWER = 2
+# Products with the unfolding for each factor and sweep; the sweeps carry the basis on.
+_DEGREE = 4
 
 
 def hosvd(
@@ -73,8 +73,8 @@ def tucker(
     """The Tucker decomposition by higher-order orthogonal iteration: `x ~ core x_1 f1 .. x_d fd`.
 
     From `hosvd` on, each factor in turn becomes more nearly the leading left singular vectors of
-    the unfolding of `y`, x projected on all other factors: two steps of power iteration
-    `f <- orth(y y' f)`, which never lower the norm of the core. Since the factors are orthonormal,
+    the unfolding of `y`, x projected on all other factors: a round of filtered subspace iteration,
+    a polynomial in `y y'`, from where it was before. Since the factors are orthonormal,
     `|x - approximation|**2 = |x|**2 - |core|**2`.
 
     Args:
@@ -105,14 +105,7 @@ def tucker(
       ((4, 5, 6), True)
     """
     check_array(x, "tucker", 1)
-    modes = _modes(modes, x.ndim)
-    ranks = check_ranks(ranks, len(modes), "tucker")
-    for rank, mode in zip(ranks, modes, strict=True):
-        if rank > max(1, x.shape[mode]):
-            raise SpecError(
-                f"tucker: rank {rank} is impossible for axis {mode} of shape {x.shape}; "
-                f"write at most {x.shape[mode]}"
-            )
+    modes, ranks = checked(x, ranks, modes, "tucker")
     if x.size == 0:
         core = list(x.shape)
         for rank, mode in zip(ranks, modes, strict=True):
@@ -163,12 +156,22 @@ def tucker2(
     return core, (left, right)
 
 
-def _modes(modes: Sequence[int] | None, ndim: int) -> tuple[int, ...]:
-    """The modes as numbers that are not negative."""
-    out = tuple(range(ndim)) if modes is None else tuple(m + ndim if m < 0 else m for m in modes)
-    if len(set(out)) < len(out) or not all(0 <= m < ndim for m in out):
-        raise SpecError(f"tucker: modes {modes} of {ndim} axes; write each once, below {ndim}")
-    return out
+def checked(
+    x: jax.Array, ranks: int | Sequence[int], modes: Sequence[int] | None, name: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The modes as numbers that are not negative, and a possible rank for each."""
+    out = range(x.ndim) if modes is None else (m + x.ndim if m < 0 else m for m in modes)
+    out = tuple(out)
+    if len(set(out)) < len(out) or not all(0 <= m < x.ndim for m in out):
+        raise SpecError(f"{name}: modes {modes} of {x.ndim} axes; write each once, below {x.ndim}")
+    ranks = check_ranks(ranks, len(out), name)
+    for rank, mode in zip(ranks, out, strict=True):
+        if rank > max(1, x.shape[mode]):
+            raise SpecError(
+                f"{name}: rank {rank} is impossible for axis {mode} of shape {x.shape}; "
+                f"write at most {x.shape[mode]}"
+            )
+    return out, ranks
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -209,7 +212,7 @@ def sequential(
 def sweep(
     a: jax.Array, factors: tuple[jax.Array, ...], modes: tuple[int, ...]
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Every factor once, by power iteration from the one before, and the core."""
+    """Every factor once, from the one before, and the core."""
     new = list(factors)
     core = a
     for i, mode in enumerate(modes):
@@ -218,7 +221,7 @@ def sweep(
             if j != i:
                 y = contract(y, new[j], other)
         matrix = unfold(y, mode)
-        for _ in range(_POWER):
-            new[i] = orthonormal(matmul(matrix, matmul(matrix.T, new[i])))
+        apply = functools.partial(through, matrix)
+        new[i] = amplified(apply, *ritz(apply, new[i]), _DEGREE)
         core = y
     return tuple(new), contract(core, new[-1], modes[-1])
