@@ -177,7 +177,7 @@ def even_split(n: int, count: int) -> tuple[int, ...]:
             if rest >= least and (rest, -least) < (best[-1], -best[0]):
                 best = (*taken, rest)
             return
-        for d in range(least, int(round(rest ** (1 / left))) + 1):
+        for d in range(least, round(rest ** (1 / left)) + 1):
             if rest % d == 0:
                 search(rest // d, d, left - 1, (*taken, d))
 

@@ -255,7 +255,7 @@ class _Chain(FactoredSpec):
             [(c.shape[0], c.shape[-1]) for c in self._cores(view(x))]
             for x in leaf.reshape(-1, *weight.shape)
         ]
-        return [tuple(max(p) for p in zip(*pairs)) for pairs in zip(*found)]  # type: ignore[misc]
+        return [tuple(max(p) for p in zip(*pairs)) for pairs in zip(*found)]
 
     def network(self, weight: Weight, leaf: Any) -> Network:
         """A core for each part, in a row or a ring."""

@@ -113,9 +113,9 @@ def test_a_train_by_its_error():
     dense = normal(64, 64)
     for error in (0.1, 0.5):
         leaf = jc.TensorTrain(error=error)(
-            planted("aiR,Rbj->ab,ij", {c: 8 for c in "aibjR"}) + 0.01 * dense
+            planted("aiR,Rbj->ab,ij", dict.fromkeys("aibjR", 8)) + 0.01 * dense
         )
-        made = planted("aiR,Rbj->ab,ij", {c: 8 for c in "aibjR"}) + 0.01 * dense
+        made = planted("aiR,Rbj->ab,ij", dict.fromkeys("aibjR", 8)) + 0.01 * dense
         found = float(jnp.linalg.norm(leaf.materialize() - made) / jnp.linalg.norm(made))
         assert found <= error + 1e-5
     with pytest.raises(jc.CompressError, match="outside of jit"):
