@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,17 +80,17 @@ def block_term(
             core[mode] = rank
         factors = [jnp.zeros((terms, x.shape[m], r), x.dtype) for m, r in zip(modes, ranks)]
         return jnp.zeros((terms, *core), x.dtype), tuple(factors)
-    return _block_term(x, terms, ranks, modes, iterations, tolerance)
+    return _block_term(x, iterations, tolerance, terms, ranks, modes)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _block_term(
     x: jax.Array,
+    iterations: Any,
+    tolerance: Any,
     terms: int,
     ranks: tuple[int, ...],
     modes: tuple[int, ...],
-    iterations: int,
-    tolerance: float,
 ) -> _Terms:
     a, scale = scaled(x)
     norm = jnp.maximum(jnp.sqrt(jnp.sum(a**2)), 1e-30)
@@ -97,10 +98,8 @@ def _block_term(
     def step(state: tuple) -> tuple:
         i, core, factors, error, _ = state
         core, factors = _sweep(a, core, factors, modes)
-        if not tolerance:
-            return i + 1, core, factors, error, True
         now = jnp.sqrt(jnp.sum((a - _expand(core, factors, modes)) ** 2)) / norm
-        return i + 1, core, factors, now, error - now >= tolerance
+        return i + 1, core, factors, now, (error - now >= tolerance) | (tolerance <= 0)
 
     start = (0, *_deflated(a, terms, ranks, modes), jnp.inf, True)
     _, core, factors, _, _ = lax.while_loop(lambda s: (s[0] < iterations) & s[-1], step, start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,12 +85,12 @@ def cp(
     if x.size == 0:
         return tuple(jnp.zeros((n, rank), x.dtype) for n in x.shape)
     key = jax.random.key(0) if key is None else key
-    return _cp(x, key, rank, iterations, tolerance, init)
+    return _cp(x, key, iterations, tolerance, rank, init)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _cp(
-    x: jax.Array, key: jax.Array, rank: int, iterations: int, tolerance: float, init: str
+    x: jax.Array, key: jax.Array, iterations: Any, tolerance: Any, rank: int, init: str
 ) -> tuple[jax.Array, ...]:
     a, scale = scaled(x)
     norm = jnp.sqrt(jnp.sum(a**2))
@@ -105,7 +106,7 @@ def _cp(
         errors = error_of(*new), error_of(*far)
         best = jax.tree.map(lambda n, f: jnp.where(errors[1] < errors[0], f, n), new, far)
         now = jnp.minimum(*errors)
-        return i + 1, best, now, error - now >= tolerance if tolerance else True
+        return i + 1, best, now, (error - now >= tolerance) | (tolerance <= 0)
 
     start = (0, (_initial(a, rank, init, key), jnp.ones(rank)), jnp.inf, True)
     _, (factors, weights), _, _ = lax.while_loop(

@@ -27,6 +27,13 @@ def ritz(
     return values[::-1], matmul(q, rotation), matmul(z, rotation)
 
 
+def singular(a: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`ritz` of `a' a` by the singular values of `a q`, which tell small ones from rounding."""
+    y = matmul(a, q)
+    _, s, vt = jnp.linalg.svd(jnp.linalg.qr(y, mode="r"))
+    return s**2, matmul(q, vt.T), matmul(a.T, matmul(y, vt.T))
+
+
 def amplified(
     apply: Callable[[jax.Array], jax.Array],
     values: jax.Array,
@@ -51,7 +58,7 @@ def amplified(
       Zhou, Saad, Tiago and Chelikowsky, *Self-Consistent-Field Calculations Using
       Chebyshev-Filtered Subspace Iteration*, 2006.
     """
-    largest = jnp.maximum(values[0], jnp.finfo(jnp.float32).tiny)
+    largest = jnp.maximum(values[0], 1e-30)
     # Not below what rounding makes of zero eigenvalues.
     cut = jnp.maximum(values[-1], 1e-6 * largest)
     ratio = 2 * largest / cut - 1
@@ -89,11 +96,11 @@ def leading(a: jax.Array, rank: int, tolerance: float, key: jax.Array) -> jax.Ar
 
     def step(state: tuple) -> tuple:
         i, triple, before, _ = state
-        triple = ritz(apply, amplified(apply, *triple, _DEGREE))
+        triple = singular(a, amplified(apply, *triple, _DEGREE))
         now = left_out(triple[1])
         return i + 1, triple, now, before - now > tolerance * now
 
-    start = ritz(apply, orthonormal(apply(jax.random.normal(key, (short, width)))))
+    start = singular(a, orthonormal(apply(jax.random.normal(key, (short, width)))))
     _, (_, q, _), _, _ = lax.while_loop(
         lambda state: (state[0] < _ROUNDS) & state[-1], step, (0, start, left_out(start[1]), True)
     )

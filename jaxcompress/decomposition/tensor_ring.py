@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,12 +68,12 @@ def tensor_ring(
         after = (*ranks[1:], ranks[0])
         return tuple(jnp.zeros(s, x.dtype) for s in zip(ranks, x.shape, after, strict=True))
     key = jax.random.key(0) if key is None else key
-    return _tensor_ring(x, key, ranks, iterations, tolerance)
+    return _tensor_ring(x, key, iterations, tolerance, ranks)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=4)
 def _tensor_ring(
-    x: jax.Array, key: jax.Array, ranks: tuple[int, ...], iterations: int, tolerance: float
+    x: jax.Array, key: jax.Array, iterations: Any, tolerance: Any, ranks: tuple[int, ...]
 ) -> _Cores:
     a, scale = scaled(x)
     norm = jnp.maximum(jnp.sqrt(jnp.sum(a**2)), 1e-30)
@@ -81,10 +82,8 @@ def _tensor_ring(
         i, cores, error, _ = state
         for k in range(a.ndim):
             cores = (*cores[:k], _solve(a, cores, k), *cores[k + 1 :])
-        if not tolerance:
-            return i + 1, cores, error, True
         now = jnp.sqrt(jnp.sum((a - _expand(cores)) ** 2)) / norm
-        return i + 1, cores, now, error - now >= tolerance
+        return i + 1, cores, now, (error - now >= tolerance) | (tolerance <= 0)
 
     start = (0, _successive(a, ranks, key), jnp.inf, True)
     _, cores, _, _ = lax.while_loop(lambda s: (s[0] < iterations) & s[-1], step, start)

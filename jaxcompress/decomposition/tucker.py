@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def tucker(
             core[mode] = rank
         factors = tuple(jnp.zeros((x.shape[m], r), x.dtype) for r, m in zip(ranks, modes))
         return jnp.zeros(core, x.dtype), factors
-    return _tucker(x, ranks, modes, iterations, tolerance)
+    return _tucker(x, iterations, tolerance, ranks, modes)
 
 
 def tucker2(
@@ -174,21 +175,20 @@ def checked(
     return out, ranks
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _tucker(
-    x: jax.Array, ranks: tuple[int, ...], modes: tuple[int, ...], iterations: int, tolerance: float
+    x: jax.Array, iterations: Any, tolerance: Any, ranks: tuple[int, ...], modes: tuple[int, ...]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     a, scale = scaled(x)
     factors, core = sequential(a, ranks, modes)
-    if iterations and len(modes) > 1:
+    if len(modes) > 1:
         norm = jnp.maximum(jnp.sum(a**2), 1e-30)
 
         def step(state: tuple) -> tuple:
             i, factors, core, energy, _ = state
             factors, core = sweep(a, factors, modes)
             now = jnp.sum(core**2) / norm
-            more = now - energy >= tolerance if tolerance else True
-            return i + 1, factors, core, now, more
+            return i + 1, factors, core, now, (now - energy >= tolerance) | (tolerance <= 0)
 
         start = (0, factors, core, jnp.sum(core**2) / norm, True)
         _, factors, core, _, _ = lax.while_loop(
