@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcompress.decomposition.weighted import fisher_svd
+from jaxcompress.decomposition.weighted import fisher_svd, matmul
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
 from jaxcompress.specs import is_count
@@ -90,7 +90,7 @@ def _alternated(
     root = jnp.sqrt(scale)
 
     def error(left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.sum(f * jnp.square(w - _matmul(left, right)))
+        return jnp.sum(f * jnp.square(w - matmul(left, right)))
 
     def step(state: Any, _: None) -> Any:
         left, right = state
@@ -110,11 +110,7 @@ def _solved(w: jax.Array, f: jax.Array, left: jax.Array, right: jax.Array) -> ja
     What is solved for is the change, so that the ridge costs steps and no accuracy.
     """
     normal = jnp.einsum("kn,rn,sn->krs", f, right, right, precision=lax.Precision.HIGHEST)
-    gap = _matmul(f * (w - _matmul(left, right)), right.T)
+    gap = matmul(f * (w - matmul(left, right)), right.T)
     mean = jnp.mean(jnp.diagonal(normal, axis1=-2, axis2=-1), axis=-1)
     ridge = jnp.where(mean > 0, _RIDGE * mean, 1.0)[:, None, None] * jnp.eye(right.shape[0])
     return left + jnp.linalg.solve(normal + ridge, gap[..., None])[..., 0]
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

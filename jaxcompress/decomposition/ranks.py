@@ -78,9 +78,7 @@ class VBMF(NamedTuple):
     noise: float
 
 
-def vbmf(
-    w: Any, shape: tuple[int, int] | None = None, *, noise: float | None = None
-) -> VBMF:
+def vbmf(w: Any, shape: tuple[int, int] | None = None, *, noise: float | None = None) -> VBMF:
     """The rank of a noisy matrix by empirical variational Bayes, its global optimum in closed form.
 
     The model is `V = B A' + E`, with Gaussian priors on the columns of A and B whose variances are
@@ -126,7 +124,7 @@ def vbmf(
     if unit == 0:
         return VBMF(0, np.zeros(0), 0.0 if noise is None else float(noise))
     g = values / unit
-    tau, edge = threshold(small / large)
+    _, edge = threshold(small / large)
     if noise is None:
         variance = _least_free_energy(g**2 / large, small / large, edge)
     else:
@@ -172,7 +170,7 @@ def vbmf_ranks(kernel: Any, axes: tuple[int, int] = (-2, -1)) -> tuple[int, int]
 
 
 def _singular_values(w: Any, shape: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
-    x = np.asarray(w, np.float64)
+    x: Any = np.asarray(w, np.float64)
     if not np.all(np.isfinite(x)):
         raise SpecError("vbmf: the matrix holds values that are NaN or infinite")
     if shape is None:
@@ -183,10 +181,10 @@ def _singular_values(w: Any, shape: tuple[int, int] | None) -> tuple[np.ndarray,
             )
         unit = float(np.abs(x).max()) or 1.0
         shape, x = x.shape, np.linalg.svd(x / unit, compute_uv=False) * unit
-    if x.shape != (min(shape),):
+    if x.shape != (min(shape),) or np.any(np.diff(x) > 0):
         raise SpecError(
             f"vbmf: {x.shape} singular values of a {shape[0]} x {shape[1]} matrix; write all "
-            f"{min(shape)} of them"
+            f"{min(shape)} of them, descending"
         )
     return x, (min(shape), max(shape))
 

@@ -141,7 +141,7 @@ def factors(
     """`activation_svd` on what was checked."""
     a, scale = _unit(w)
     v = _right_vectors(a, _damped(_normal(metric, w.ndim)[0], w.ndim, damping), rank)
-    right, left = balanced(v, jnp.swapaxes(_matmul(a, v), -1, -2))
+    right, left = balanced(v, jnp.swapaxes(matmul(a, v), -1, -2))
     left, right = (jnp.swapaxes(x, -1, -2) * jnp.sqrt(scale) for x in (left, right))
     return left.astype(w.dtype), right.astype(w.dtype)
 
@@ -188,7 +188,7 @@ def _right_vectors(a: jax.Array, metric: jax.Array, rank: int) -> jax.Array:
 
 
 def _squared(a: jax.Array, metric: jax.Array) -> jax.Array:
-    return _matmul(jnp.swapaxes(a, -1, -2), _matmul(metric, a))
+    return matmul(jnp.swapaxes(a, -1, -2), matmul(metric, a))
 
 
 def _rooted(a: jax.Array, metric: jax.Array) -> jax.Array:
@@ -197,7 +197,7 @@ def _rooted(a: jax.Array, metric: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.maximum(metric, 0.0))[..., None] * a
     values, vectors = jnp.linalg.eigh(metric)
     root = jnp.sqrt(jnp.maximum(values, 0.0))
-    return root[..., None] * _matmul(jnp.swapaxes(vectors, -1, -2), a)
+    return root[..., None] * matmul(jnp.swapaxes(vectors, -1, -2), a)
 
 
 def _unit(w: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -227,7 +227,14 @@ def _diagonal(metric: jax.Array, ndim: int) -> jax.Array:
     return jnp.diagonal(metric, axis1=-2, axis2=-1) if metric.ndim == ndim else metric
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product in full precision.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> matmul(jnp.ones((1, 2)), jnp.ones((2, 1))).tolist()
+      [[2.0]]
+    """
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
