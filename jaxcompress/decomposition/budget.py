@@ -247,7 +247,8 @@ def _choosable(
                 f"{path}: a {type(leaf).__name__} has no dense weights to factor; write "
                 "jc.decompress(params)"
             )
-        hit = plan_rules([(path, leaf)], {escape(path): LowRank(1)}, axes)[0]
+        named = {path: axes[path]} if path in axes else {}
+        hit = plan_rules([(path, leaf)], {escape(path): LowRank(1)}, named)[0]
         assert hit is not None
         how = folding(leaf, hit.axes)
         if not saving_rank(math.prod(how.inputs), math.prod(how.outputs)):

@@ -86,7 +86,8 @@ def test_directions_without_data_are_settled_as_by_plain_svd():
     x[:, :3] = rng.normal(size=(20, 3))  # only three inputs are ever met
     gram = x.T @ x
     left, right = activation_svd(jnp.asarray(w), jnp.asarray(gram), 5)
-    assert np.all(np.isfinite(left)) and np.all(np.isfinite(right))
+    assert np.all(np.isfinite(left))
+    assert np.all(np.isfinite(right))
     total = squares(w, gram + 1e-9 * np.eye(12, dtype=np.float32)).sum()
     assert error(w, gram, left, right) <= (12 * 1e-5 + 20 * EPS) * total
     # Three dimensions for what is met, and two for the rest: the best are those of what is left.
@@ -223,9 +224,9 @@ def test_what_cannot_be_says_what_to_write(make, text):
         make(w, gram)
 
 
-def with_gram(spec, w, gram, axes=KernelAxes((-2,), (-1,))):
+def with_gram(spec, w, gram):
     stats = jc.InputStats(np.asarray(1), gram)
-    return spec(w, LeafContext("layer/kernel", axes, None, stats))
+    return spec(w, LeafContext("layer/kernel", KernelAxes((-2,), (-1,)), None, stats))
 
 
 def normal(seed, *shape):
