@@ -284,7 +284,7 @@ def trainable_mask(tree: Any) -> Any:
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
-      >>> tree = {"step": jnp.zeros((), int), "w": jc.LowRank(1)(jnp.ones((2, 2)))}
+      >>> tree = {"step": jnp.zeros((), int), "w": jc.LowRank(1)(jnp.ones((4, 4)))}
       >>> jax.tree.leaves(jc.trainable_mask(tree))
       [False, True, True]
     """

@@ -36,6 +36,8 @@ class InputStats(NamedTuple):
       minimum: the least x, or 0 if none is below, float32 `[..., K]`.
       maximum: the greatest x, or 0 if none is above, float32 `[..., K]`.
       mean: the mean of x, float32 `[..., K]`.
+      fisher: no statistic of x, and not of `observe`: the diagonal of the Fisher information of the
+        weights that an input meets, summed over them, float32 `[..., K]`.
     """
 
     count: Any
@@ -47,6 +49,7 @@ class InputStats(NamedTuple):
     minimum: Any = None
     maximum: Any = None
     mean: Any = None
+    fisher: Any = None
 
 
 def histogram_edges() -> np.ndarray:

@@ -62,7 +62,10 @@ def test_a_rule_that_matches_nothing_suggests_paths():
 @pytest.mark.parametrize("value", [1.0, -2.0, 0.0])
 @pytest.mark.parametrize(
     "spec",
-    [INT8, jc.Quantize("uint2", symmetric=False), jc.Prune(0.0), jc.Codebook(1), jc.LowRank(1)],
+    [
+        INT8, jc.Quantize("uint2", symmetric=False), jc.Prune(0.0), jc.Codebook(1),
+        jc.LowRank(1, allow_larger=True),
+    ],  # fmt: skip
     ids=repr,
 )
 def test_one_element_leaves(spec, value):
@@ -107,7 +110,7 @@ def test_a_low_rank_of_very_large_and_small_weights(dtype, size):
     unit = jax.random.uniform(jax.random.key(0), (16, 12), minval=-1, maxval=1)
     big = BIG[dtype] * (size if dtype != "float16" else max(size, 1e-6))
     w = (unit * big).astype(dtype)
-    out = np.asarray(jc.LowRank(12)(w).materialize().astype(jnp.float32)) / big
+    out = np.asarray(jc.LowRank(12, allow_larger=True)(w).materialize().astype(jnp.float32)) / big
     # Of full rank: twelve products of factors that were rounded once.
     bound = 12 * max(float(jnp.finfo(dtype).eps), 1.2e-7 * 4)
     np.testing.assert_allclose(out, np.asarray(w.astype(jnp.float32)) / big, atol=bound)

@@ -239,7 +239,8 @@ NEXT = {
 
 def spec_for(base, following, shape):
     """The chain of the drawn names: a rank must fit, and quantized codes end a chain."""
-    spec = BASE[base] if base != "low rank" else jc.LowRank(max(1, min(shape[-2:]) - 1))
+    rank = max(1, min(shape[-2:]) - 1)
+    spec = BASE[base] if base != "low rank" else jc.LowRank(rank, allow_larger=True)
     follows = NEXT[following]
     return spec if follows is None or isinstance(spec, jc.Quantize) else jc.chain(spec, follows)
 

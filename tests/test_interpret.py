@@ -22,11 +22,11 @@ SPECS = {
     "int4 last axis": jc.Quantize("int4", axis=-1, group_size=8),
     "sparse": jc.Prune(0.6),
     "gaps": jc.Prune(0.97),
-    "low rank": jc.LowRank(2),
+    "low rank": jc.LowRank(2, allow_larger=True),
     "codebook": jc.Codebook(3),
     "sparse of int4": jc.chain(jc.Prune(0.5), jc.Quantize("int4", group_size=8)),
     "sparse of codebook": jc.chain(jc.Prune(0.5), jc.Codebook(2)),
-    "low rank of int8": jc.chain(jc.LowRank(3), jc.Quantize("int8")),
+    "low rank of int8": jc.chain(jc.LowRank(3, allow_larger=True), jc.Quantize("int8")),
 }
 
 
@@ -102,9 +102,9 @@ def test_any_contraction_with_batch_axes(order, n_batch, n_contract, form, leaf_
     dims = dict(zip("abcde", sizes))
     w = normal([dims[c] for c in "abcd"])
     full = min(sizes[0] * sizes[1] * sizes[2], sizes[3])
-    spec = jc.LowRank(min(2, full)) if form == "low rank" else SPECS[form]
+    spec = jc.LowRank(min(2, full), allow_larger=True) if form == "low rank" else SPECS[form]
     if form == "low rank of int8":
-        spec = jc.chain(jc.LowRank(full), jc.Quantize("int8"))
+        spec = jc.chain(jc.LowRank(full, allow_larger=True), jc.Quantize("int8"))
     leaf = spec(w, LeafContext("w", KernelAxes((-4, -3, -2), (-1,))))
     batch, contract = order[:n_batch], order[n_batch : n_batch + n_contract]
     x = normal([dims[c] for c in (*contract, "e", *batch)], 1)
@@ -132,7 +132,7 @@ def test_convolutions(form, layout, groups, options):
     kernel = {"H": 3, "W": 2, "I": 8 // groups, "O": 8}
     axes = sorted(layout[1].index(c) - 4 for c in "HWI")
     w = normal([kernel[c] for c in layout[1]])
-    spec = jc.LowRank(2) if form == "low rank" else SPECS[form]
+    spec = jc.LowRank(2, allow_larger=True) if form == "low rank" else SPECS[form]
     leaf = spec(w, LeafContext("w", KernelAxes(tuple(axes), (layout[1].index("O") - 4,))))
 
     def fn(w, x):

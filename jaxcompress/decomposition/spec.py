@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.low_rank import LowRankArray
+from jaxcompress.decomposition.ranks import check_saving, energy_rank, vbmf
 from jaxcompress.decomposition.svd import squared_singular_values, truncated_svd
 from jaxcompress.errors import SpecError, ValuesNeededError
 from jaxcompress.numerics import unit_scale
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count, register_spec
+from jaxcompress.specs import LeafContext, Plan, Spec, is_count, is_number, register_spec
 
 
 @register_spec("low_rank")
@@ -28,15 +29,22 @@ class LowRank(Spec):
     own factors, of one rank.
 
     Args:
-      rank: the rank r, from 1 to `min(in, out)`.
+      rank: the rank r, from 1 to `min(in, out)`; or `"vbmf"`, for as many singular values as stand
+        out of the noise (see `jaxcompress.decomposition.ranks.vbmf`), in a stack the largest, and
+        at least 1.
       energy: in place of a rank, the share of the squared singular values to keep, in (0, 1]:
         the least r with `sum_{i<=r} s_i**2 >= energy * sum_i s_i**2` (in a stack, the largest).
+      allow_larger: whether the factors of a given rank may take as much as the dense kernel or
+        more, as they may where the rank follows from the values.
 
     Raises:
-      SpecError: unless exactly one of `rank` and `energy` is given and possible for the leaf.
+      SpecError: unless exactly one of `rank` and `energy` is given and possible for the leaf, and
+        for a given rank of `r (in + out) >= in * out` without `allow_larger`.
 
     References:
-      Denton et al., *Exploiting Linear Structure Within Convolutional Networks*, 2014.
+      Denton et al., *Exploiting Linear Structure Within Convolutional Networks*, 2014; Nakajima,
+      Sugiyama, Babacan and Tomioka, *Global Analytic Solution of Fully-observed Variational
+      Bayesian Matrix Factorization*, 2013.
 
     Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
@@ -44,18 +52,17 @@ class LowRank(Spec):
       LowRankArray(float32[6, 4], rank 1)
     """
 
-    rank: int | None = None
+    rank: int | str | None = None
     _: dataclasses.KW_ONLY
     energy: float | None = None
+    allow_larger: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.rank is None) == (self.energy is None):
-            raise SpecError("write one of rank and energy: LowRank(64) or LowRank(energy=0.9)")
-        if self.rank is not None and not is_count(self.rank, 1):
-            raise SpecError(f"rank={self.rank!r}: write a whole number of at least 1")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise SpecError(f"energy={self.energy}: write a share in (0, 1], such as 0.95")
+        check_choice(
+            type(self).__name__, None if self.rank == "vbmf" else self.rank, self.energy,
+            self.allow_larger, given=self.rank is not None,
+        )  # fmt: skip
 
     def plan(self, leaf: Any, context: LeafContext) -> Plan:
         """Settles the split of the axes and the rank."""
@@ -67,28 +74,68 @@ class LowRank(Spec):
         left_ndim = _split(context, leaf)
         batch = context.axes.batch_ndim(leaf.ndim)
         middle = batch + left_ndim
-        full = min(math.prod(leaf.shape[batch:middle]), math.prod(leaf.shape[middle:]))
-        if self.rank is not None and self.rank > full:
-            raise SpecError(
-                f"{context.path}: rank {self.rank} is impossible for a "
-                f"{math.prod(leaf.shape[batch:middle])} x {math.prod(leaf.shape[middle:])} "
-                f"matrix; write at most {full}"
-            )
-        rank = self.rank if self.rank is not None else self._by_energy(leaf, batch, middle, context)
+        rows, columns = math.prod(leaf.shape[batch:middle]), math.prod(leaf.shape[middle:])
+        if isinstance(self.rank, int):
+            check_possible(self.rank, rows, columns, context.path)
+            if not self.allow_larger:
+                check_saving(self.rank, rows, columns, context.path)
+            rank = self.rank
+        else:
+            rank = self._by_values(leaf, batch, middle, context)
         return _LowRankPlan(rank, batch, left_ndim)
 
-    def _by_energy(self, leaf: Any, batch: int, middle: int, context: LeafContext) -> int:
-        if isinstance(leaf, jax.core.Tracer):
-            raise ValuesNeededError(
-                f"{context.path}: a rank by energy reads the values, which jit hides; compress "
-                "outside of jit or write LowRank(rank=...)"
-            )
-        squares = np.asarray(_spectrum(leaf, batch, middle), np.float64)
-        squares = squares.reshape(-1, squares.shape[-1])
-        share = np.cumsum(squares, axis=-1)
-        # The float64 sum's own last place decides whether energy=1 asks for a zero more.
-        wanted = (self.energy or 1.0) * share[:, -1:] * (1 - 1e-12)
-        return int(np.max(np.argmax(share >= wanted, axis=-1))) + 1
+    def _by_values(self, leaf: Any, batch: int, middle: int, context: LeafContext) -> int:
+        check_readable(leaf, context.path, type(self).__name__)
+        if self.energy is not None:
+            return energy_rank(_spectrum(leaf, batch, middle), self.energy)
+        matrices = np.asarray(_matrix(leaf, batch, middle).astype(jnp.float32))
+        found = [vbmf(x).rank for x in matrices.reshape(-1, *matrices.shape[-2:])]
+        return max(1, *found)
+
+
+def check_choice(
+    name: str, rank: Any, energy: Any, allow_larger: Any, *, given: bool | None = None
+) -> None:
+    """Refuses what is not one of a rank and an energy; `given` where a rank is, but no number.
+
+    Raises:
+      SpecError: says what to write.
+    """
+    given = rank is not None if given is None else given
+    if given == (energy is not None):
+        raise SpecError(f"write one of rank and energy: {name}(64) or {name}(energy=0.9)")
+    if rank is not None and not is_count(rank, 1):
+        raise SpecError(f"rank={rank!r}: write a whole number of at least 1")
+    if energy is not None and not (is_number(energy, 0, 1) and energy > 0):
+        raise SpecError(f"energy={energy}: write a share in (0, 1], such as 0.95")
+    if not isinstance(allow_larger, bool):
+        raise SpecError(f"allow_larger={allow_larger!r}: write True or False")
+
+
+def check_possible(rank: int, rows: int, columns: int, path: str) -> None:
+    """Refuses a rank that the matrix cannot have.
+
+    Raises:
+      SpecError: names the largest.
+    """
+    if rank > min(rows, columns):
+        raise SpecError(
+            f"{path}: rank {rank} is impossible for a {rows} x {columns} matrix; write at most "
+            f"{min(rows, columns)}"
+        )
+
+
+def check_readable(leaf: Any, path: str, name: str) -> None:
+    """Refuses a leaf without values where a rank follows from them.
+
+    Raises:
+      ValuesNeededError: says what to write.
+    """
+    if isinstance(leaf, jax.core.Tracer):
+        raise ValuesNeededError(
+            f"{path}: a rank that is not given reads the values, which jit hides; compress outside "
+            f"of jit or write {name}(rank=...)"
+        )
 
 
 def _split(context: LeafContext, leaf: Any) -> int:

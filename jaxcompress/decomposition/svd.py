@@ -75,17 +75,33 @@ def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     v = _leading(a, rank)
     q, _ = jnp.linalg.qr(_matmul(a, v))  # [..., long, rank]
     b = _matmul(jnp.swapaxes(q, -1, -2), a)  # [..., rank, short]
-    # Balance the factors: the rows of b carry the singular values, up to a rotation.
+    left, right = balanced(q, b)
+    left, right = left * jnp.sqrt(scale), right * jnp.sqrt(scale)
+    if wide:
+        left, right = jnp.swapaxes(right, -1, -2), jnp.swapaxes(left, -1, -2)
+    return left.astype(w.dtype), right.astype(w.dtype)
+
+
+def balanced(q: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two factors of the product `q @ b` of the same scale, `U S**0.5` and `S**0.5 V'`.
+
+    Args:
+      q: float32 `[..., m, r]` with orthonormal columns.
+      b: float32 `[..., r, n]`, of magnitudes near 1: its squares are summed.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> left, right = balanced(jnp.array([[1.0], [0.0]]), jnp.array([[0.0, 4.0]]))
+      >>> abs(left).tolist(), abs(right).tolist()
+      ([[2.0], [0.0]], [[0.0, 2.0]])
+    """
+    # The rows of b carry the singular values, up to a rotation.
     values, rotation = jnp.linalg.eigh(_matmul(b, jnp.swapaxes(b, -1, -2)))
     rotation, values = rotation[..., ::-1], jnp.maximum(values[..., ::-1], 0.0)
     floor = jnp.finfo(jnp.float32).eps * values[..., :1] + jnp.finfo(jnp.float32).tiny
     root = jnp.maximum(values, floor)[..., None, :] ** 0.25
-    left = _matmul(q, rotation) * root * jnp.sqrt(scale)
     right = _matmul(jnp.swapaxes(rotation, -1, -2), b) / jnp.swapaxes(root, -1, -2)
-    right = right * jnp.sqrt(scale)
-    if wide:
-        left, right = jnp.swapaxes(right, -1, -2), jnp.swapaxes(left, -1, -2)
-    return left.astype(w.dtype), right.astype(w.dtype)
+    return _matmul(q, rotation) * root, right
 
 
 def _leading(a: jax.Array, rank: int) -> jax.Array:
