@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -101,14 +102,21 @@ def alternate(
     errors: list[jax.Array] = []
     for _ in range(iterations):
         rest = compress(rounded(wide - low, w.dtype))
-        values = materialize(rest).reshape(w.shape).astype(jnp.float32)
-        left, right = (rounded(x, w.dtype) for x in factorize(wide - values, rank))
-        low = _product(left, right)
-        error = jnp.sum((wide - values - low) ** 2)
+        values = materialize(rest).reshape(w.shape)
+        left, right, low, error = _fitted(factorize, rank, w, values)
         found = (error, rest, left, right)
         best = found if best is None else _better(best, found)
         errors.append(error)
     return Parts(*best[1:], jnp.stack(errors))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fitted(factorize: Factorize, rank: int, w: jax.Array, values: jax.Array) -> Any:
+    """The factors of what the values leave, their product, and the squared error then."""
+    lost = w.astype(jnp.float32) - values.astype(jnp.float32)
+    left, right = (rounded(x, w.dtype) for x in factorize(lost, rank))
+    low = _product(left, right)
+    return left, right, low, jnp.sum((lost - low) ** 2)
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:

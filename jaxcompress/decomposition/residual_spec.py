@@ -207,8 +207,9 @@ class LowRankPlusSparse(LowRankPlus):
 
     `S_t` keeps the weights of `w - L_{t-1}` of largest magnitude, `L_t = svd_r(w - S_t)`, from
     `L_0 = 0`: values so large that they would pass for a low-rank part are set aside first. Both
-    steps are the best possible ones, so that no iteration is worse than the one before. Without a
-    pattern, that is; what units hold is chosen by their mean magnitude. `jaxcompress.decomposition.robust_pca` finds rank and count by itself.
+    steps are the best possible ones, so that no iteration is worse than the one before; with a
+    pattern that need not be, since units are chosen by their mean magnitude.
+    `jaxcompress.decomposition.robust_pca` finds rank and count by itself.
 
     The leaf is an `AdaptedArray` of a `SparseArray` and a `LowRankArray`, in products of their own.
 

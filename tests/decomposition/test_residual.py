@@ -115,30 +115,33 @@ def test_low_rank_plus_sparse_finds_what_was_planted(magnitude):
     sparse = np.zeros(1200, np.float32)
     sparse[rng.choice(1200, 48, replace=False)] = magnitude * rng.choice([-1, 1], 48)
     w = jnp.asarray(low + sparse.reshape(40, 30))
-    leaf = LowRankPlusSparse(3, 1 - 48 / 1200, iterations=40)(w)
+    leaf = LowRankPlusSparse(3, 1 - 48 / 1200, iterations=20)(w)
     assert isinstance(leaf.base, jc.SparseArray)
     # Rounding of float32 values of 20 and of three products: 1e-5 of the norm.
     np.testing.assert_allclose(leaf.delta.materialize(), low, atol=2e-4)
     np.testing.assert_allclose(leaf.base.materialize(), sparse.reshape(40, 30), atol=2e-4)
 
 
+SPARSE = jax.jit(LowRankPlusSparse(3, 0.9, iterations=4))
+
+
 @settings(max_examples=10)
-@given(st.integers(0, 10**6), st.sampled_from([0.5, 0.9, 1.0]))
-def test_no_iteration_of_low_rank_plus_sparse_is_worse(seed, sparsity):
+@given(st.integers(0, 10**6))
+def test_no_iteration_of_low_rank_plus_sparse_is_worse(seed):
     w = jnp.asarray(normal(seed, 20, 15) ** 3)
 
     def kept(x):
         least = jnp.sort(jnp.abs(x).ravel())[::-1]
-        count = round(300 * (1 - sparsity))
-        return jnp.where(jnp.abs(x) >= (least[count - 1] if count else jnp.inf), x, 0.0)
+        return jnp.where(jnp.abs(x) >= least[29], x, 0.0)
 
-    errors = np.asarray(alternate(w, 3, kept, iterations=6).errors)
+    errors = np.asarray(alternate(w, 3, kept, iterations=4).errors)
     assert np.all(np.diff(errors) <= 1e-5 * errors[0])
-    got = LowRankPlusSparse(3, sparsity, iterations=6)(w)
+    got = SPARSE(w)
     np.testing.assert_allclose(error(w, got.materialize()), errors[-1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "spec",
     [
@@ -155,18 +158,20 @@ def test_stacks_and_heads_in_every_dtype(spec, dtype):
     assert (leaf.shape, leaf.dtype, leaf.batch_ndim) == (w.shape, dtype, 1)
     assert (leaf.delta.left.shape, leaf.delta.right.shape) == ((2, 16, 3), (2, 3, 3, 6))
     assert leaf.delta.left.dtype == leaf.base.dtype == dtype
-    before = spec.of_rest()(w[0]) if not isinstance(spec, LowRankPlusSparse) else 0 * w[0]
-    assert error(w[0], leaf.materialize()[0]) < error(
-        w[0], getattr(before, "materialize", lambda: before)()
-    )
-    traced = jax.jit(lambda p: jc.compress(p, rules))(params)["query"]["kernel"]
-    np.testing.assert_allclose(
-        np.asarray(traced, np.float32),
-        np.asarray(leaf, np.float32),
-        atol=0.02 * float(jnp.max(jnp.abs(w))),
-    )
+    alone = 0 * w[0] if isinstance(spec, LowRankPlusSparse) else spec.of_rest()(w[0])
+    assert error(w[0], leaf.materialize()[0]) < error(w[0], alone)
 
 
+@pytest.mark.slow
+def test_a_split_inside_of_jit_is_the_one_outside():
+    w = jnp.asarray(normal(6, 2, 16, 6))
+    for spec in (LoftQ(3, "nf4", iterations=2), LowRankPlusQuantized(3, "int4")):
+        inside, outside = jax.jit(spec)(w), spec(w)
+        # Up to ties between codes, which these weights have none of.
+        np.testing.assert_allclose(inside.materialize(), outside.materialize(), atol=1e-4)
+
+
+@pytest.mark.slow
 def test_any_spec_may_compress_the_rest():
     w, x = jnp.asarray(with_outliers(64, 32)), jnp.asarray(normal(7, 200, 64))
     stats = jc.observe(lambda p, x: x @ p["w"], {"w": w}, [x], ("gram",))
@@ -210,7 +215,7 @@ def test_what_the_splits_refuse():
         LoftQ(2, jc.Quantize("nf4"), group_size=4)
     with pytest.raises(SpecError, match="quantize=4: write such as 'nf4'"):
         LoftQ(2, 4)
-    with pytest.raises(SpecError, match="unknown|format"):
+    with pytest.raises(SpecError, match="int99"):
         LoftQ(2, "int99")
     with pytest.raises(SpecError, match="rank=5 is impossible"):
         alternate(jnp.ones((4, 4)), 5, CODES["nf4"])
