@@ -150,8 +150,11 @@ Product = Callable[[Any, Any, dict[str, Any]], jax.Array]
 def _products(run: Product, i: int, operands: Sequence[Any], params: dict[str, Any]) -> jax.Array:
     """A contraction with the base, and one with the change."""
     leaf, x = operands[i], operands[1 - i]
-    outs = [run(*((w, x) if i == 0 else (x, w)), params) for w in (leaf.base, leaf.narrow())]
-    return _added(*outs, leaf.scale)
+
+    def with_input(w: Any) -> jax.Array:
+        return run(w, x, params) if i == 0 else run(x, w, params)
+
+    return _added(with_input(leaf.base), with_input(leaf.narrow()), leaf.scale)
 
 
 @register_rule(AdaptedArray, "dot_general")
@@ -169,8 +172,8 @@ def _gather(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     if i != 0 or params["fill_value"] is not None:
         return NotImplemented
     leaf = operands[0]
-    rows = [gather_rows(x, operands[1:], params) for x in (leaf.base, leaf.narrow())]
-    return _added(*rows, leaf.scale)
+    rows = gather_rows(leaf.base, operands[1:], params)
+    return _added(rows, gather_rows(leaf.narrow(), operands[1:], params), leaf.scale)
 
 
 def _moved(primitive: compat.Primitive) -> None:

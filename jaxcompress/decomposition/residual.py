@@ -107,7 +107,8 @@ def alternate(
         found = (error, rest, left, right)
         best = found if best is None else _better(best, found)
         errors.append(error)
-    return Parts(*best[1:], jnp.stack(errors))
+    _, rest, left, right = best
+    return Parts(rest, left, right, jnp.stack(errors))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -129,7 +130,8 @@ def _better(old: Any, new: Any) -> Any:
     less = new[0] < old[0]
     if not isinstance(less, jax.core.Tracer):  # indices of a sparse rest may differ in size
         return new if less else old
-    if jax.tree.structure(old) != jax.tree.structure(new):
+    structures: list[Any] = [jax.tree.structure(x) for x in (old, new)]
+    if structures[0] != structures[1]:
         raise SpecError(
             "inside of jit, what compresses the rest must give leaves of one structure: write "
             "fixed ranks and counts rather than such as follow the values"
