@@ -175,7 +175,8 @@ def compress_leaf(leaf: Any, spec: Spec, context: LeafContext, donate: bool) -> 
         return out
     # Without waiting, leaf after leaf would be in flight at once and add up.
     jax.block_until_ready(out)
-    if donate and isinstance(array, jax.Array):
+    held = any(x is array for x in jax.tree.leaves(out))  # by a leaf around it
+    if donate and isinstance(array, jax.Array) and not held:
         array.delete()
     return out
 

@@ -206,6 +206,7 @@ def _mask(plan: _PrunePlan, scores: jax.Array) -> jax.Array:
     return laid.spread(units, shape)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _filled(plan: _PrunePlan, mask: jax.Array) -> jax.Array:
     """A mask with as many more places as smaller boxes at the ends left free."""
     return plan.each(functools.partial(top_mask, k=plan.kept))(mask.astype(jnp.float32))
