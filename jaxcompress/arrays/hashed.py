@@ -20,6 +20,7 @@ from jaxcompress.arrays.base import (
     register_array,
     register_rule,
 )
+from jaxcompress.arrays.rows import plain_rows
 from jaxcompress.errors import SpecError
 
 
@@ -226,27 +227,10 @@ def _reshape(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
 @register_rule(HashedArray, "gather")
 def _gather(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     """Rows of a table: only their own places are hashed."""
-    leaf, numbers, sizes = operands[0], params["dimension_numbers"], params["slice_sizes"]
-    batch = operands[1].ndim - 1
-    plain = (
-        i == 0
-        and leaf.batch_ndim == 0
-        and leaf.size
-        and not numbers.operand_batching_dims
-        and tuple(numbers.start_index_map) == tuple(numbers.collapsed_slice_dims) == (0,)
-        and tuple(sizes[1:]) == leaf.shape[1:]
-        and tuple(numbers.offset_dims) == tuple(range(batch, batch + leaf.ndim - 1))
-    )
-    if not plain:
+    leaf = operands[0]
+    rows = plain_rows(leaf, operands, params) if i == 0 else None
+    if rows is None:
         return NotImplemented
-    row, last = operands[1][..., 0], leaf.shape[0] - 1
-    inside = (row >= 0) & (row <= last)
-    row = jnp.clip(row, 0, last).astype(jnp.uint32)
     place = leaf.replace(weight_shape=leaf.weight_shape[1:], strides=leaf.strides[1:]).indices()
-    start = (row * jnp.uint32(leaf.strides[0])).reshape(*row.shape, *(1,) * place.ndim)
-    rows = leaf.at(start + place)
-    if lax.GatherScatterMode.from_any(params["mode"]) == lax.GatherScatterMode.FILL_OR_DROP:
-        fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
-        inside = inside.reshape(*row.shape, *(1,) * place.ndim)
-        rows = jnp.where(inside, rows, jnp.asarray(fill, rows.dtype))
-    return rows
+    start = rows.number.astype(jnp.uint32) * jnp.uint32(leaf.strides[0])
+    return rows.filled(leaf.at(start.reshape(*start.shape, *(1,) * place.ndim) + place))
