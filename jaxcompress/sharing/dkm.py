@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays.base import CompressedArray, is_compressed, narrows, register_array
+from jaxcompress.arrays.base import CompressedArray, is_compressed, register_array
 from jaxcompress.arrays.codebook import CodebookArray
 from jaxcompress.arrays.packed import PackedArray, block_for
 from jaxcompress.compress import finalize
@@ -86,10 +86,6 @@ class SoftCodebookArray(CompressedArray):
     def finalize(self) -> CompressedArray:
         """The `CodebookArray` of the nearest centroids, those of `hard` as they are."""
         return _finalized(self)
-
-    def astype(self, dtype: Any) -> CompressedArray | None:
-        # The stored centroids would be rounded to another dtype, and be others.
-        return None if dtype != self.float_dtype or not narrows(dtype, dtype) else self
 
     def describe(self) -> str:
         kind = " hard" if self.hard else ""

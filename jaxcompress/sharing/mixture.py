@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ _BLOCK = 1 << 15
 _FAR = 1e18
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Mixture:
     """`p(w) = pi_0 N(w; 0, s_0^2) + (1 - pi_0) sum_j softmax(logits)_j N(w; mu_j, s_j^2)`.
 
@@ -45,11 +47,6 @@ class Mixture:
     means: jax.Array
     log_scales: jax.Array
     pi_zero: float
-
-    def __init__(self, logits: Any, means: Any, log_scales: Any, pi_zero: float) -> None:
-        # No checks: jax rebuilds it around placeholders.
-        self.logits, self.means, self.log_scales = logits, means, log_scales
-        self.pi_zero = pi_zero
 
     def log_shares(self) -> jax.Array:
         """The logarithms of the shares, `[J + 1]`."""
