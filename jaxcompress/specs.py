@@ -185,6 +185,9 @@ def child_axes(leaf: CompressedArray, name: str, child: Any) -> KernelAxes:
     trailing = child.ndim - batch
     if trailing == 1:
         return KernelAxes((-1,), ())
+    own = getattr(leaf, "inner_inputs", {}).get(name)
+    if own is not None:
+        return KernelAxes(own, tuple(range(max(own) + 1, 0)))
     # The left factor maps its first axes to the rank, the right one the rank to its last axes.
     inputs = trailing - 1 if name == "left" else 1
     return KernelAxes(
