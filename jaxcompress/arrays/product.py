@@ -95,7 +95,12 @@ class ProductArray(GridArray):
         blocks, rest = divmod(indices.shape[axis], stages)
         length = blocks * d if length is None else length
         lead = codebooks.shape[:-4]
-        if rest or blocks % books or -(-length // d) != blocks or indices.shape[: len(lead)] != lead:
+        if (
+            rest
+            or blocks % books
+            or -(-length // d) != blocks
+            or indices.shape[: len(lead)] != lead
+        ):
             raise SpecError(
                 f"indices {tuple(indices.shape)} and codebooks {tuple(codebooks.shape)} do not fit "
                 f"{length} weights along axis {axis}: write codebooks [..., s, m, k, d] and s g "
@@ -200,3 +205,25 @@ def indices_of(blocks: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Arra
     rest = [n for i, n in enumerate(shape) if i != axis + len(shape)]
     flat = blocks.reshape(-1, blocks.shape[-1]).T
     return jnp.moveaxis(flat.reshape(*rest, flat.shape[-1]), -1, axis)
+
+
+def nearest(x: jax.Array, book: jax.Array) -> jax.Array:
+    """Which vector of a codebook `[k, d]` is nearest to each of `[n, d]`, a tie to the first.
+
+    One vector of the codebook after the other, so that no table of distances exists.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> nearest(jnp.array([[0.0], [3.0]]), jnp.array([[1.0], [2.0]])).tolist()
+      [0, 1]
+    """
+    columns = x.T
+
+    def step(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        score = jnp.zeros(columns.shape[1:], jnp.float32)
+        for j in range(book.shape[1]):
+            score = score + jnp.square(columns[j] - book[i, j])
+        return jnp.minimum(best[0], score), jnp.where(score < best[0], i, best[1])
+
+    start = jnp.full(x.shape[0], jnp.inf), jnp.zeros(x.shape[0], jnp.int32)
+    return jax.lax.fori_loop(0, book.shape[0], step, start)[1]

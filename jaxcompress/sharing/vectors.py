@@ -149,7 +149,9 @@ def _check(x: Any, k: int, weights: Any, metric: Any, init: Any, key: Any) -> No
     if weights is not None and weights.shape not in (x.shape, x.shape[:-1]):
         raise SpecError(f"weights {weights.shape} for vectors {x.shape}: one a vector, or a value")
     if metric is not None and metric.shape != (*x.shape[:-2], x.shape[-1], x.shape[-1]):
-        raise SpecError(f"a metric {metric.shape} for vectors {x.shape}: write [d, d] for each part")
+        raise SpecError(
+            f"a metric {metric.shape} for vectors {x.shape}: write [d, d] for each part"
+        )
     if metric is not None and weights is not None:
         raise SpecError("weights and a metric: write one of them; a metric may be scaled by part")
     if isinstance(init, str):

@@ -81,9 +81,7 @@ class WeighedSpec(Spec):
         weights = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), leaf.shape)
         return self._solved(leaf, context, self.plan(leaf, context), weights, None)
 
-    def _solved(
-        self, leaf: Any, context: LeafContext, plan: Any, weights: Any, metric: Any
-    ) -> Any:
+    def _solved(self, leaf: Any, context: LeafContext, plan: Any, weights: Any, metric: Any) -> Any:
         leaf, mesh = on_auto_axes(leaf)
         weights = None if weights is None else on_all_devices(weights, leaf)
         metric = None if metric is None else on_all_devices(metric, leaf)
