@@ -39,7 +39,8 @@ class FakeProductArray(CompressedArray):
     Examples:
       >>> import jax.numpy as jnp
       >>> books = jnp.array([[[[0.0, 0.0], [1.0, 2.0]]]])
-      >>> leaf = FakeProductArray(jnp.array([[0.9, 1.5, 0.1, 0.3]]), books, -1, jnp.dtype("float32"))
+      >>> w = jnp.array([[0.9, 1.5, 0.1, 0.3]])
+      >>> leaf = FakeProductArray(w, books, -1, w.dtype)
       >>> leaf.materialize().tolist(), leaf.finalize()
       ([[1.0, 2.0, 0.0, 0.0]], ProductArray(float32[1, 4], product 2 x 2))
     """

@@ -179,8 +179,8 @@ def _copied(tree: Any) -> Any:
 
 def _checked(found: Any, given: Any, number: int) -> Any:
     kinds = lambda tree: [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
-    same: Any = jax.tree.structure(found) == jax.tree.structure(given)
-    if not same or kinds(found) != kinds(given):
+    wanted: Any = jax.tree.structure(given)
+    if wanted != jax.tree.structure(found) or kinds(found) != kinds(given):
         raise SpecError(
             f"train returned another tree in round {number} than it was given; return the params, "
             "in their structure, shapes and dtypes"

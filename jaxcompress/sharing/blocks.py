@@ -15,7 +15,7 @@ from jaxcompress.sharing.vectors import kmeans
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How the K inputs of matrices `[K, N]` are cut, in runs of n, and what is fitted to the blocks.
+    """How the K inputs of matrices `[K, N]` are cut, in runs, and what is fitted to the blocks.
 
     Attributes:
       d: values in a block; the last one of a run may be short.
@@ -47,7 +47,7 @@ class Blocks:
         return x.reshape(self.books, -1, w.shape[-1], self.d)
 
     def metrics(self, gram: jax.Array, run: int, damping: float) -> jax.Array:
-        """The blocks on the diagonal of Gram matrices `[..., K, K]`: `[..., m, p, d, d]`, damped."""
+        """The diagonal blocks of Gram matrices `[..., K, K]`: `[..., m, p, d, d]`, damped."""
         lead, count = gram.shape[:-2], -(-run // self.d)
         runs = gram.shape[-1] // run
         gram = gram.astype(jnp.float32).reshape(*lead, runs, run, runs, run)

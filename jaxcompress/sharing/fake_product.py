@@ -40,8 +40,10 @@ class FakeProductQuantize(Spec):
       >>> from jaxcompress.sharing.product import ProductQuantize
       >>> w = jax.random.normal(jax.random.key(0), (8, 6))
       >>> leaf = FakeProductQuantize(ProductQuantize(block=2, bits=3))(w)
-      >>> leaf, leaf.finalize()
-      (FakeProductArray(float32[8, 6], fake product 8 x 2), ProductArray(float32[8, 6], product 8 x 2))
+      >>> leaf
+      FakeProductArray(float32[8, 6], fake product 8 x 2)
+      >>> leaf.finalize()
+      ProductArray(float32[8, 6], product 8 x 2)
     """
 
     spec: BlockSpec
@@ -107,11 +109,11 @@ def refresh_codebooks(tree: Any, iterations: int = 5) -> Any:
 
 
 def _refreshed(leaf: FakeProductArray, iterations: int) -> FakeProductArray:
-    refit = lambda xs: _refit(*xs, leaf.axis, iterations)
-    for _ in range(leaf.batch_ndim):
-        inner = refit
-        refit = lambda xs, inner=inner: jax.lax.map(inner, xs)
-    return leaf.replace(codebooks=refit((leaf.weight, leaf.codebooks)))
+    lead = leaf.batch_ndim
+    flat = lambda x: x.reshape(-1, *x.shape[lead:])
+    refit = lambda xs: _refit(xs[0], xs[1], leaf.axis, iterations)
+    books = jax.lax.map(refit, (flat(leaf.weight), flat(leaf.codebooks)))
+    return leaf.replace(codebooks=books.reshape(leaf.codebooks.shape))
 
 
 def _refit(w: jax.Array, books: jax.Array, axis: int, iterations: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,21 +105,32 @@ def kmeans_1d(
       >>> kmeans_1d(jnp.array([0.0, 1.0, 10.0, 12.0]), 2, weights=jnp.array([1, 3, 1, 1])).tolist()
       [0.75, 11.0]
     """
+    values = jnp.asarray(values)
     _check(values, init, weights, key)
     if values.size == 0:
         return jnp.zeros(k, jnp.float32)
+    given = None if isinstance(init, str) else jnp.asarray(init, jnp.float32)
+    how = init if isinstance(init, str) else ""
+    return _fitted(values, weights, given, key, k, how, bool(zero), int(iterations))
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))  # a loop is not traced anew by each call
+def _fitted(
+    values: jax.Array, weights: Any, given: Any, key: Any, k: int, how: str, zero: bool, turns: int
+) -> jax.Array:
     # A sum of the largest floats overflows; all steps commute with a power of two.
     scale, inverse = unit_scale(jnp.max(jnp.abs(values)))
     ordered, mass = _ordered(values.astype(jnp.float32) * inverse, weights)
-    if not isinstance(init, str):
-        init = jnp.asarray(init, jnp.float32) * inverse
-    start = _start(ordered, mass, k, init, key)
+    if given is None:
+        start = _start(ordered, mass, k, how, key)
+    else:
+        start = jnp.sort(given * inverse)
     if zero:
         start = _pinned(start, start)
     step = _step(ordered, mass, zero)
 
     def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return (state[0] < iterations) & state[2]
+        return (state[0] < turns) & state[2]
 
     _, centroids, _ = lax.while_loop(unfinished, step, (jnp.int32(0), start, jnp.bool_(True)))
     return centroids * scale
@@ -203,11 +215,9 @@ def _repaired(
 
 
 def _start(
-    ordered: jax.Array, mass: jax.Array | None, k: int, init: str | Any, key: jax.Array | None
+    ordered: jax.Array, mass: jax.Array | None, k: int, init: str, key: jax.Array | None
 ) -> jax.Array:
     n = ordered.size
-    if not isinstance(init, str):
-        return jnp.sort(jnp.asarray(init, jnp.float32))
     if init == "linear":
         # Not jnp.linspace, which weighs both ends and so need not ascend when they are close.
         steps = jnp.arange(k, dtype=jnp.float32) / max(1, k - 1)
@@ -263,8 +273,11 @@ def _sums_of_runs(terms: Any) -> Runs:
 
 
 def _summed(x: jax.Array) -> jax.Array:
-    """The sums of the last axis, pair by pair, in an order that no compiler changes."""
-    columns = [x[..., i] for i in range(x.shape[-1])]  # one fused loop, nothing in between
-    while len(columns) > 1:
-        columns = [a + b for a, b in zip(columns[::2], columns[1::2])]
-    return columns[0]
+    """The sums of the last axis, 64 values, in an order that no compiler changes."""
+    for _ in range(2):  # eight at a time: little lies in between, and little is compiled
+        x = x.reshape(*x.shape[:-1], 8, x.shape[-1] // 8)
+        parts = [x[..., i, :] for i in range(8)]
+        while len(parts) > 1:
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2])]
+        x = parts[0]
+    return x[..., 0]

@@ -11,7 +11,7 @@ SAMPLE = 2**16
 
 
 def plus_plus(x: jax.Array, weights: jax.Array, k: int, key: jax.Array) -> jax.Array:
-    """Draws k of the vectors, each drawn with probability proportional to `h_i min_j |x_i - c_j|**2`.
+    """Draws k of the vectors, each with probability proportional to `h_i min_j |x_i - c_j|**2`.
 
     The first is drawn in proportion to h. Where all distances are zero the last vector with a
     weight is drawn again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -65,8 +66,8 @@ def kmeans(
 ) -> Clusters:
     """Lloyd's iteration for vectors, in the metric that is asked for.
 
-    Alternates the nearest centroid of each vector and the best centroid of each cluster, which never
-    raises the error
+    Alternates the nearest centroid of each vector and the best centroid of each cluster, which
+    never raises the error
 
     - `sum_i |x_i - c|**2`, c the centroid of i,
     - `sum_i h_i |x_i - c|**2` with a weight for each vector,
@@ -113,22 +114,31 @@ def kmeans(
     d = x.shape[-1]
     if not x.size:
         return Clusters(jnp.zeros((k, d)), jnp.zeros(x.shape[:-1], jnp.int32), jnp.zeros(()))
-    x, weights, metric = (
-        None if v is None else jnp.asarray(v, jnp.float32) for v in (x, weights, metric)
-    )
-    assert x is not None
+    x = jnp.asarray(x, jnp.float32)
+    weights = None if weights is None else jnp.asarray(weights, jnp.float32)
+    metric = None if metric is None else jnp.asarray(metric, jnp.float32)
+    given = None if isinstance(init, str) else jnp.asarray(init, jnp.float32)
+    how = init if isinstance(init, str) else ""
+    return _fitted(x, weights, metric, given, key, k, how, int(iterations))
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))  # a loop is not traced anew by each call
+def _fitted(
+    x: jax.Array, weights: Any, metric: Any, given: Any, key: Any, k: int, how: str, turns: int
+) -> Clusters:
+    d = x.shape[-1]
     # Distances to the middle are as small as they can be: |c|^2 - 2 x c then loses least.
     middle = jnp.mean(x, axis=tuple(range(x.ndim - 1)))
     scale, inverse = unit_scale(jnp.max(jnp.abs(x - middle)))
     moved = (x - middle) * inverse
     rows = _rows(moved, weights, metric)
-    if isinstance(init, str):
-        start = _start(moved.reshape(-1, d), weights, k, init, key)
+    if given is None:
+        start = _start(moved.reshape(-1, d), weights, k, how, key)
     else:
-        start = (jnp.asarray(init, jnp.float32) - middle) * inverse
+        start = (given - middle) * inverse
 
     def unfinished(state: Any) -> jax.Array:
-        return (state[0] < iterations) & state[2]
+        return (state[0] < turns) & state[2]
 
     def step(state: Any) -> Any:
         count, centroids, _ = state
