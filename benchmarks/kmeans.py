@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from common import Row, interleaved, row, show
 from sklearn.cluster import KMeans
 
 from jaxcompress.sharing.kmeans import assign, kmeans_1d
+from jaxcompress.sharing.vectors import kmeans
 
 ITERATIONS = 50
 
@@ -28,18 +30,22 @@ def inertia(values: np.ndarray, centroids: np.ndarray) -> float:
 
 def run(quick: bool = False) -> list[Row]:
     """The rows."""
-    n, k = (400_000 if quick else 4_000_000), 256
+    n, k = (400_000 if quick else 10_000_000), 256
     values = np.random.default_rng(0).normal(size=n).astype(np.float32)
     # Quantiles: a linear start leaves clusters empty, and scikit-learn moves those elsewhere.
     start = np.quantile(values, (np.arange(k) + 0.5) / k).astype(np.float32)
     device = jnp.asarray(values)
     ours = jax.jit(lambda v: kmeans_1d(v, k, init=start, iterations=ITERATIONS))
+    took = ours.lower(device).compile().memory_analysis()
+    memory = took.temp_size_in_bytes + took.output_size_in_bytes
     centroids = np.asarray(ours(device))  # compiles
     times = interleaved({"ours": lambda: ours(device)}, rounds=5, warmup=0)
     peer = KMeans(k, init=start[:, None], n_init=1, max_iter=ITERATIONS, tol=0, algorithm="lloyd")
-    began = time.perf_counter()
-    peer.fit(values[:, None])
-    theirs = time.perf_counter() - began
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says when it has not converged, as is meant here
+        began = time.perf_counter()
+        peer.fit(values[:, None])
+        theirs = time.perf_counter() - began
     again = interleaved({"ours": lambda: ours(device)}, rounds=5, warmup=0)
     seconds = max(times["ours"], again["ours"])  # before and after the peer: the slower counts
     coded = jax.jit(assign)
@@ -49,9 +55,31 @@ def run(quick: bool = False) -> list[Row]:
     rows = [
         row(what, seconds, "scikit-learn, same start", theirs, at_least=10),
         row(f"{what}: inertia", mine, "scikit-learn", other, at_most=1 + 1e-5, unit=""),
+        row(f"{what}: memory", memory / 1e6, "input", values.nbytes / 1e6, at_most=4, unit="MB"),
         row("codes of the same weights", coding["ours"], "one whole k-means", seconds),
     ]
-    return rows
+    return rows + of_vectors(quick)
+
+
+def of_vectors(quick: bool) -> list[Row]:
+    """The rows of vectors of four values."""
+    n, k, d, turns = (50_000 if quick else 500_000), 256, 4, 10
+    x = np.random.default_rng(1).normal(size=(n, d)).astype(np.float32)
+    ours = jax.jit(lambda x: kmeans(x, k, init=x[:k], iterations=turns))
+    found = ours(x)
+    times = interleaved({"ours": lambda: ours(x)}, rounds=3, warmup=0)
+    peer = KMeans(k, init=x[:k], n_init=1, max_iter=turns, tol=0, algorithm="lloyd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        began = time.perf_counter()
+        peer.fit(x)
+        theirs = time.perf_counter() - began
+    what = f"k-means, {n / 1e6:g} million vectors of {d} to {k}, {turns} iterations"
+    mine = float(found.inertia)
+    return [
+        row(what, times["ours"], "scikit-learn, same start", theirs),
+        row(f"{what}: inertia", mine, "scikit-learn", peer.inertia_, at_most=1 + 1e-4, unit=""),
+    ]
 
 
 def main() -> None:

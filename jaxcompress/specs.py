@@ -195,6 +195,9 @@ def child_axes(leaf: CompressedArray, name: str, child: Any) -> KernelAxes:
     trailing = child.ndim - batch
     if trailing == 1:
         return KernelAxes((-1,), ())
+    own = getattr(leaf, "inner_inputs", {}).get(name)
+    if own is not None:
+        return KernelAxes(own, tuple(range(max(own) + 1, 0)))
     # The left factor maps its first axes to the rank, the right one the rank to its last axes. Of a
     # network of factors each maps all its axes but the last.
     inputs = 1 if name == "right" else trailing - 1

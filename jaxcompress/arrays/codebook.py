@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import compat
@@ -60,7 +61,7 @@ class CodebookArray(GridArray):
         return len(self.centroids.shape) - 1
 
     def materialize(self, key: jax.Array | None = None) -> jax.Array:
-        centroids = materialize(self.centroids)
+        centroids = self.table()
         wide = centroids
         if centroids.dtype.itemsize < 4:
             # The same values; the transpose of the look-up then sums in float32.
@@ -70,6 +71,10 @@ class CodebookArray(GridArray):
         for _ in range(self.batch_ndim):
             look_up = jax.vmap(look_up)
         return look_up(wide, materialize(self.indices)).astype(centroids.dtype)
+
+    def table(self) -> jax.Array:
+        """The dense centroids that the indices are of."""
+        return materialize(self.centroids)
 
     def cuts(self, axes: Any) -> bool:
         # The leading axes choose the codebook, and rows of it must stay together with it.
@@ -87,3 +92,41 @@ class CodebookArray(GridArray):
     def describe(self) -> str:
         inner = f" of {self.centroids.describe()}" if is_compressed(self.centroids) else ""
         return f"codebook {self.centroids.shape[-1]}{inner}"
+
+
+@register_array(
+    "zero_codebook",
+    children=("indices", "centroids"),
+    static=("axis",),
+    trainable=("centroids",),
+    inner=("centroids",),
+)
+class ZeroCodebookArray(CodebookArray):
+    """`w = (0, *centroids)[indices]`: index 0 is exactly zero, and stays so in training.
+
+    Attributes:
+      indices: unsigned integers in the shape of the weights, a `PackedArray` below 8 bits.
+      centroids: all shared values but zero, `[..., k - 1]`, in the dtype of the weights.
+      axis: the axis along which the indices are packed, negative.
+
+    References:
+      Han, Mao and Dally, *Deep Compression*, 2016.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> ZeroCodebookArray(jnp.array([0, 2, 1]), jnp.array([-1.0, 2.0]), -1).materialize().tolist()
+      [0.0, 2.0, -1.0]
+    """
+
+    indices: Any
+    centroids: Any
+    axis: int
+
+    def table(self) -> jax.Array:
+        """The dense centroids, 0 first."""
+        others = materialize(self.centroids)
+        return jnp.concatenate([jnp.zeros_like(others[..., :1]), others], axis=-1)
+
+    def describe(self) -> str:
+        inner = f" of {self.centroids.describe()}" if is_compressed(self.centroids) else ""
+        return f"codebook {self.centroids.shape[-1] + 1} with zero{inner}"

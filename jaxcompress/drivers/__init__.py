@@ -9,15 +9,19 @@ from jaxcompress.drivers.iterative import (
     learning_rate_rewinding,
     lottery_ticket,
 )
+from jaxcompress.drivers.layer_by_layer import CompressedRound, LayerRound, layer_by_layer
 
 __all__ = [
+    "CompressedRound",
     "EarlyBird",
     "EarlyBirdState",
+    "LayerRound",
     "PrunedRound",
     "Round",
     "Trained",
     "early_bird",
     "iterative_pruning",
+    "layer_by_layer",
     "learning_rate_rewinding",
     "lottery_ticket",
     "mask_distance",

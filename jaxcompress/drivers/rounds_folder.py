@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
+from jaxcompress.arrays.base import is_compressed
 from jaxcompress.checkpoint.file import load, read_metadata, save
 from jaxcompress.errors import FileError, SpecError
 from jaxcompress.rules import flatten
@@ -167,12 +169,17 @@ def _described(path: str, leaf: Any) -> tuple[str, np.ndarray]:
 
 
 def _plain(tree: Any) -> list[Any]:
-    """The leaves as a file takes them."""
-    return [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(tree)]
+    """The leaves as a file takes them, compressed ones whole."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_compressed)
+    return [jax.random.key_data(x) if _is_key(x) else x for x in leaves]
 
 
 def _placed_as(x: Any, like: Any) -> Any:
     """What was read, a key where that was one, on the devices of the leaf that it stands for."""
+    if is_compressed(x):
+        tied = isinstance(like, jax.Array) and like.committed
+        named = tied and isinstance(like.sharding, NamedSharding)
+        return jax.device_put(x, x.shardings(like.sharding) if named else None) if tied else x
     if _is_key(like) and hasattr(x, "dtype"):
         x = jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(like))
     if isinstance(like, jax.Array) and hasattr(x, "dtype"):

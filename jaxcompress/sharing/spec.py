@@ -8,29 +8,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays.codebook import CodebookArray
+from jaxcompress.arrays.codebook import CodebookArray, ZeroCodebookArray
 from jaxcompress.arrays.packed import PackedArray, block_for
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import rounded
-from jaxcompress.sharing.kmeans import assign, kmeans_1d
-from jaxcompress.specs import LeafContext, Plan, Spec, is_count, register_spec
-
-INITS = ("linear", "density", "random")
+from jaxcompress.sharing.kmeans import INITS, assign, kmeans_1d
+from jaxcompress.sharing.weighting import WeighedPlan, WeighedSpec
+from jaxcompress.specs import LeafContext, Plan, is_count, register_spec
 
 
 @register_spec("codebook")
 @dataclasses.dataclass(frozen=True, repr=False)
-class Codebook(Spec):
+class Codebook(WeighedSpec):
     """Replaces each weight by the nearest of `2**bits` centroids, found by k-means.
 
     Minimizes `sum_i (w_i - c[a_i])**2` over the centroids c and the assignment a by Lloyd's
     iteration. Each weight of a stack has its own codebook. The indices take `bits` bits each.
+    With importances, `sum_i h_i (w_i - c[a_i])**2`: `weighting` takes them from the inputs, and
+    `Codebook(4).fit(w, h)` those of any kind, such as the Fisher information.
 
     Args:
       bits: bits per index, 1 to 8.
       init: where the centroids start: `linear` between the least and the greatest weight (Han et
         al. found it best, for it keeps the large weights), `density` at quantiles, `random` at
-        weights drawn with the key.
+        weights drawn with the key, `k-means++` at drawn weights that are far from each other.
       iterations: at most so many iterations; it stops earlier once nothing moves.
 
     Raises:
@@ -38,7 +39,7 @@ class Codebook(Spec):
 
     References:
       Han, Mao and Dally, *Deep Compression*, 2016; Lloyd, *Least squares quantization in PCM*,
-      1982.
+      1982; Choi, El-Khamy and Lee, *Towards the Limit of Network Quantization*, 2017 (importances).
 
     Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
@@ -50,6 +51,8 @@ class Codebook(Spec):
     _: dataclasses.KW_ONLY
     init: str = "linear"
     iterations: int = 50
+    zero: bool = False
+    weighting: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,32 +62,37 @@ class Codebook(Spec):
             raise SpecError(f"init={self.init!r}: write one of {', '.join(INITS)}")
         if not is_count(self.iterations, 0):
             raise SpecError(f"iterations={self.iterations}: write a whole number of at least 0")
+        if not isinstance(self.zero, bool):
+            raise SpecError(f"zero={self.zero!r}: write True or False")
+        if self.weighting not in (None, "second_moment"):
+            raise SpecError(f"weighting={self.weighting!r}: write 'second_moment' or None")
 
     def plan(self, leaf: Any, context: LeafContext) -> Plan:
         """Settles the axes; a scalar is refused."""
         if leaf.ndim == 0:
             raise SpecError(f"{context.path}: a scalar needs no codebook; leave it dense")
-        if self.init == "random" and context.key is None:
+        if self.init in ("random", "k-means++") and context.key is None:
             raise SpecError(
-                f"{context.path}: Codebook(init='random') needs a key: compress(..., key=...)"
+                f"{context.path}: Codebook(init={self.init!r}) needs a key: compress(..., key=...)"
             )
         return _CodebookPlan(self, max(context.axes.input), context.axes.batch_ndim(leaf.ndim))
 
 
 @dataclasses.dataclass(frozen=True)
-class _CodebookPlan(Plan):
+class _CodebookPlan(WeighedPlan):
     spec: Codebook
     axis: int
     batch_ndim: int
 
-    def apply(self, leaf: jax.Array, key: jax.Array | None) -> CodebookArray:
+    def solve(self, leaf: jax.Array, key: Any, weights: Any, metric: Any) -> CodebookArray:
         spec = self.spec
+        k = 2**spec.bits
 
-        def one(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def one(w: jax.Array, h: jax.Array | None) -> tuple[jax.Array, jax.Array]:
             if not w.size:  # everything was pruned
-                return jnp.zeros(w.shape, jnp.uint8), jnp.zeros(2**spec.bits, w.dtype)
+                return jnp.zeros(w.shape, jnp.uint8), jnp.zeros(k, w.dtype)
             centroids = kmeans_1d(
-                w, 2**spec.bits, init=spec.init, iterations=spec.iterations, key=key
+                w, k, weights=h, init=spec.init, zero=spec.zero, iterations=spec.iterations, key=key
             )
             # Codes are found for the centroids as stored, in the dtype of the weights.
             centroids = rounded(centroids, w.dtype)
@@ -92,9 +100,22 @@ class _CodebookPlan(Plan):
 
         for _ in range(self.batch_ndim):
             one = jax.vmap(one)
-        indices, centroids = one(leaf)
+        indices, centroids = one(leaf, weights)
+        if spec.zero:
+            indices, centroids = _zero_first(indices, centroids)
         packed: Any = indices
         if spec.bits < 8:
             block = block_for(leaf.shape[self.axis], spec.bits, self.axis, None)
             packed = PackedArray.pack(indices, spec.bits, axis=self.axis, block=block)
-        return CodebookArray(packed, centroids, self.axis)
+        return (ZeroCodebookArray if spec.zero else CodebookArray)(packed, centroids, self.axis)
+
+
+def _zero_first(indices: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Indices with zero's first, and the centroids `[..., k - 1]` without it."""
+    zero = jnp.argmin(jnp.abs(centroids), axis=-1)
+    rank = zero.reshape(*zero.shape, *[1] * (indices.ndim - zero.ndim)).astype(indices.dtype)
+    # Those below move up by one.
+    moved = jnp.where(indices == rank, 0, indices + (indices < rank).astype(indices.dtype))
+    others = jnp.arange(centroids.shape[-1] - 1)
+    others = others + (others >= zero[..., None])
+    return moved.astype(indices.dtype), jnp.take_along_axis(centroids, others, axis=-1)
