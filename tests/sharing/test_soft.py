@@ -181,6 +181,7 @@ def test_few_zeros_are_centroids():
     np.testing.assert_array_equal(leaf.materialize(), w)
 
 
+@pytest.mark.slow
 def test_training_with_the_prior_shares_weights():
     # A linear model whose weights are three values; data alone leave them 0.05 or so apart.
     rng = np.random.default_rng(2)
