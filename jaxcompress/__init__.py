@@ -7,8 +7,9 @@ A compressed model is the same pytree with smaller leaves, and any JAX function 
 - `save` and `load` keep them small on disk.
 """
 
-from jaxcompress import decomposition, distillation, drivers, pruning, quantization
+from jaxcompress import decomposition, distillation, drivers, pruning, quantization, sharing
 from jaxcompress._version import __version__
+from jaxcompress.arrays.adapted import AdaptedArray
 from jaxcompress.arrays.base import (
     CompressedArray,
     is_compressed,
@@ -20,6 +21,7 @@ from jaxcompress.arrays.factored_conv import FactoredArray
 from jaxcompress.arrays.fake_quantized import FakeQuantizedArray
 from jaxcompress.arrays.low_rank import LowRankArray
 from jaxcompress.arrays.packed import PackedArray
+from jaxcompress.arrays.product import ProductArray
 from jaxcompress.arrays.quantized import QuantizedArray
 from jaxcompress.arrays.quantized_input import QuantizedInputArray
 from jaxcompress.arrays.rotated import RotatedArray
@@ -37,6 +39,7 @@ from jaxcompress.compress import (
     partition,
     trainable_mask,
 )
+from jaxcompress.decomposition.lora import LoRA
 from jaxcompress.decomposition.matrices import Kronecker, Monarch, Separable
 from jaxcompress.decomposition.spec import LowRank
 from jaxcompress.decomposition.tensors import CP, BlockTerm, TensorRing, TensorTrain, Tucker
@@ -55,10 +58,12 @@ from jaxcompress.quantization.solvers import AWQ, GPTQ
 from jaxcompress.quantization.spec import FakeQuantize, Quantize
 from jaxcompress.quantization.transforms import SmoothQuant
 from jaxcompress.recipes.recipe import Recipe, Rule
+from jaxcompress.report.coding import CodedSizes, coded_sizes
 from jaxcompress.report.contents import Contents, contents
 from jaxcompress.report.difference import Difference, diff
 from jaxcompress.report.summary import Summary, summary
 from jaxcompress.rules import KernelAxes
+from jaxcompress.sharing.product import ProductQuantize, ResidualQuantize
 from jaxcompress.sharing.spec import Codebook
 from jaxcompress.specs import LeafContext, Plan, Spec, chain, register_spec
 
@@ -67,9 +72,11 @@ __all__ = [
     "CP",
     "GPTQ",
     "LSQ",
+    "AdaptedArray",
     "BlockTerm",
     "Codebook",
     "CodebookArray",
+    "CodedSizes",
     "CompressError",
     "CompressedArray",
     "Contents",
@@ -83,11 +90,14 @@ __all__ = [
     "Kronecker",
     "LazyArray",
     "LeafContext",
+    "LoRA",
     "LowRank",
     "LowRankArray",
     "Monarch",
     "PackedArray",
     "Plan",
+    "ProductArray",
+    "ProductQuantize",
     "Prune",
     "Quantize",
     "QuantizeInput",
@@ -95,6 +105,7 @@ __all__ = [
     "QuantizedInputArray",
     "Recipe",
     "RecipeError",
+    "ResidualQuantize",
     "RotatedArray",
     "Rule",
     "RuleError",
@@ -112,6 +123,7 @@ __all__ = [
     "Tucker",
     "__version__",
     "chain",
+    "coded_sizes",
     "combine",
     "compress",
     "compressed",
@@ -137,6 +149,7 @@ __all__ = [
     "register_rule",
     "register_spec",
     "save",
+    "sharing",
     "sparsify",
     "summary",
     "trainable_mask",
