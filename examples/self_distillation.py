@@ -1,12 +1,13 @@
 """Teaches a sentence encoder of four bits to be the encoder it was made of: no labels needed.
 
     python examples/self_distillation.py
-    python examples/self_distillation.py --steps 400 --out out/minilm-int4.safetensors
+    python examples/self_distillation.py --steps 400 --news-only --out out/minilm-int4.safetensors
 
 The student is all-MiniLM-L6-v2 with every kernel and the word table fake-quantized to symmetric
-int4 in groups of 64 (see `minilm.py` for what rounding alone gives); the teacher is the float32
-model. Both read text that is not the test text; the student's blocks and sentence vectors are
-pulled towards the teacher's. What is stored afterwards are the codes that were trained, and they
+int4 in groups of 64, on grids of least squared error that stay as they are (see `minilm.py` for
+what rounding alone gives); the teacher is the float32 model. Both read text that is not the test
+text, half of it news and half from the Brown corpus, which npm fetches; the student's blocks and
+sentence vectors are pulled towards the teacher's. What is stored afterwards are the codes that were trained, and they
 give the same vectors.
 
 References:
@@ -29,13 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _minilm_model import Block, MiniLM, load_params, load_tokenizer, tokenize
-from assets import fetch
+from assets import AssetError, fetch
 from minilm import Benchmarks
 from rich.console import Console
 
 import jaxcompress as jc
 
-FORMAT = jc.FakeQuantize("int4", group_size=64, convention="full")
+FORMAT = jc.FakeQuantize("int4", group_size=64, convention="full", estimator="mse", range="static")
 RULES = {"encoder/**/kernel": FORMAT, "embeddings/word/embedding": FORMAT}
 LENGTH, BATCH = 64, 16
 
@@ -63,24 +64,38 @@ def distance(student: Any, teacher: Any, mask: jax.Array) -> jax.Array:
     return sum(blocks) / len(blocks) + jnp.mean(1 - cosine)
 
 
-def texts(folder: Path) -> list[str]:
-    """The Lee background documents: news, like the test documents, but others."""
-    return (folder / "lee_background.cor").read_text("latin-1").splitlines()
+def news() -> list[list[str]]:
+    """The words of the Lee background documents: news, like the test documents, but others."""
+    text = (fetch("similarity") / "lee_background.cor").read_text("latin-1")
+    return [line.split() for line in text.splitlines()]
 
 
-def batches(documents: list[str], steps: int, seed: int) -> Iterator[tuple[Any, Any]]:
-    """Runs of words from the documents, begun anywhere, so that no two are the same."""
+def brown(length: int = 100) -> list[list[str]]:
+    """The Brown corpus in runs of words, without its tags."""
+    files = sorted(fetch("brown").glob("c???"))
+    words = [word.rpartition("/")[0] for file in files for word in file.read_text().split()]
+    words = [{"``": '"', "''": '"'}.get(word, word) for word in words if word]
+    return [words[i : i + length] for i in range(0, len(words), length)]
+
+
+def batches(
+    sources: list[list[list[str]]], steps: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Runs of words from each source alike, begun anywhere, so that no two are the same."""
     tokenizer, rng = load_tokenizer(fetch("minilm")), np.random.default_rng(seed)
     tokenizer.enable_truncation(LENGTH)
     tokenizer.enable_padding(length=LENGTH)
-    words = [text.split() for text in documents]
+    each = BATCH // len(sources)
     for _ in range(steps):
-        some = [words[i] for i in rng.integers(len(words), size=BATCH)]
-        starts = [rng.integers(max(1, len(w) - LENGTH // 2)) for w in some]
-        yield tokenize(tokenizer, [" ".join(w[a : a + LENGTH]) for w, a in zip(some, starts)])
+        some = [texts[i] for texts in sources for i in rng.integers(len(texts), size=each)]
+        starts = [rng.integers(max(1, len(words) - LENGTH // 2)) for words in some]
+        runs = [" ".join(words[a : a + LENGTH]) for words, a in zip(some, starts)]
+        yield tokenize(tokenizer, runs)
 
 
-def train(params: Any, steps: int, rate: float, seed: int = 0) -> Iterator[tuple[int, float, Any]]:
+def train(
+    params: Any, sources: list[list[list[str]]], steps: int, rate: float, seed: int = 0
+) -> Iterator[tuple[int, float, Any]]:
     """Trains the student; yields the step, the loss and the student."""
     teacher = params
     trainable, rest = jc.partition(jc.compress(params, RULES))
@@ -99,7 +114,7 @@ def train(params: Any, steps: int, rate: float, seed: int = 0) -> Iterator[tuple
         updates, state = tx.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state, value
 
-    for i, batch in enumerate(batches(texts(fetch("similarity")), steps, seed)):
+    for i, batch in enumerate(batches(sources, steps, seed)):
         trainable, state, value = step(trainable, state, *batch)
         if (i + 1) % 25 == 0 or i + 1 == steps:
             yield i + 1, float(value), jc.combine(trainable, rest)
@@ -124,8 +139,9 @@ class Test:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--news-only", action="store_true", help="without the Brown corpus")
     parser.add_argument("--out", type=Path, default=Path("out/minilm-int4.safetensors"))
     args = parser.parse_args()
     console, start = Console(), time.perf_counter()
@@ -134,7 +150,11 @@ def main() -> None:
     test = Test(params)
     rounded = test.cosine(jc.finalize(jc.compress(params, RULES)))
     console.print(f"rounded to nearest: mean cosine {rounded:.4f}")
-    for reached in train(params, args.steps, args.rate):
+    try:
+        sources = [news()] if args.news_only else [news(), brown()]
+    except AssetError as error:
+        raise SystemExit(f"{error}; or run with --news-only") from None
+    for reached in train(params, sources, args.steps, args.rate):
         step, loss, student = reached
         seconds = time.perf_counter() - start
         console.print(f"step {step}: loss {loss:.4f}, {seconds:.0f} s")
