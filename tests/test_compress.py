@@ -68,7 +68,7 @@ def test_a_rule_that_matches_nothing_suggests_paths():
         jc.Prune(0.0),
         jc.Codebook(1),
         jc.LowRank(1, allow_larger=True),
-    ],  # fmt: skip
+    ],
     ids=repr,
 )
 def test_one_element_leaves(spec, value):

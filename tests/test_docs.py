@@ -94,7 +94,10 @@ def names(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-SLOW = {f"docs/{name}.md" for name in ("gates", "iterative", "mixed-precision", "solvers")}
+SLOW = {
+    f"docs/{name}.md"
+    for name in ("adapters", "gates", "iterative", "mixed-precision", "soft-sharing", "solvers")
+}
 
 
 @pytest.mark.parametrize(
