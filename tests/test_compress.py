@@ -63,9 +63,12 @@ def test_a_rule_that_matches_nothing_suggests_paths():
 @pytest.mark.parametrize(
     "spec",
     [
-        INT8, jc.Quantize("uint2", symmetric=False), jc.Prune(0.0), jc.Codebook(1),
+        INT8,
+        jc.Quantize("uint2", symmetric=False),
+        jc.Prune(0.0),
+        jc.Codebook(1),
         jc.LowRank(1, allow_larger=True),
-    ],  # fmt: skip
+    ],
     ids=repr,
 )
 def test_one_element_leaves(spec, value):
