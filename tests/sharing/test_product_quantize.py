@@ -23,9 +23,12 @@ def test_the_error_is_that_of_scikit_learn_on_the_blocks():
     w = jax.random.normal(jax.random.key(1), (64, 40))
     leaf = ProductQuantize(block=4, bits=4, iterations=100)(w)
     blocks = np.asarray(w).reshape(16, 4, 40).transpose(0, 2, 1).reshape(-1, 4)
-    peer = cluster.KMeans(16, n_init=5, random_state=0).fit(blocks)
-    # Local minima of the same problem; from five starts theirs is the best of five.
-    assert lost(leaf, w) < 1.05 * peer.inertia_
+    # It has converged: scikit-learn finds nothing to improve. In float32, 1e-4 is plenty.
+    book = np.asarray(leaf.codebooks[0, 0])
+    peer = cluster.KMeans(16, init=book, n_init=1, tol=0, max_iter=100).fit(blocks)
+    assert lost(leaf, w) == pytest.approx(peer.inertia_, rel=1e-4)
+    # Another local minimum than the best of five starts, but none that is far from it.
+    assert lost(leaf, w) < 1.1 * cluster.KMeans(16, n_init=5, random_state=0).fit(blocks).inertia_
     every = ((blocks[:, None] - np.asarray(leaf.codebooks[0, 0])) ** 2).sum(axis=-1)
     assert lost(leaf, w) == pytest.approx(every.min(axis=1).sum(), rel=1e-5)
 
@@ -72,10 +75,10 @@ def test_importances_weigh_rows():
 
 
 def test_the_gram_weighting_loses_less_of_the_outputs():
-    x = jax.random.normal(jax.random.key(2), (400, 16)) @ jax.random.normal(
-        jax.random.key(3), (16, 16)
-    )
-    x = x * jnp.exp(jnp.arange(16) % 4)
+    # Inputs that are correlated within blocks alone: there the metric is that of the outputs.
+    x = jax.random.normal(jax.random.key(2), (400, 4, 4))
+    mixed = jax.random.normal(jax.random.key(3), (4, 4, 4))
+    x = jnp.einsum("nbi,bij->nbj", x, mixed).reshape(400, 16)
     params = {"kernel": jax.random.normal(jax.random.key(4), (16, 200))}
     fn = lambda p, x: x @ p["kernel"]
     stats = jc.observe(fn, params, [x], ("gram", "second_moment"))
@@ -84,7 +87,7 @@ def test_the_gram_weighting_loses_less_of_the_outputs():
         rules = {"*": ProductQuantize(block=4, bits=4, weighting=weighting)}
         small = jc.decompress(jc.compress(params, rules, stats=stats))
         errors[weighting] = float(jnp.sum((fn(small, x) - fn(params, x)) ** 2))
-    assert errors["gram"] < errors["second_moment"] < errors[None]
+    assert errors["gram"] < 0.9 * min(errors[None], errors["second_moment"])
 
 
 def test_gram_of_a_convolution_is_cut_at_every_place():
