@@ -95,8 +95,8 @@ def leading(a: jax.Array, rank: int, tolerance: float, key: jax.Array) -> jax.Ar
         return jnp.sum((a - matmul(matmul(a, q), q.T)) ** 2)
 
     def step(state: tuple) -> tuple:
-        i, triple, before, _ = state
-        triple = singular(a, amplified(apply, *triple, _DEGREE))
+        i, (values, q, z), before, _ = state
+        triple = singular(a, amplified(apply, values, q, z, _DEGREE))
         now = left_out(triple[1])
         return i + 1, triple, now, before - now > tolerance * now
 

@@ -161,8 +161,8 @@ def checked(
     x: jax.Array, ranks: int | Sequence[int], modes: Sequence[int] | None, name: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The modes as numbers that are not negative, and a possible rank for each."""
-    out = range(x.ndim) if modes is None else (m + x.ndim if m < 0 else m for m in modes)
-    out = tuple(out)
+    given = range(x.ndim) if modes is None else modes
+    out = tuple(m + x.ndim if m < 0 else m for m in given)
     if len(set(out)) < len(out) or not all(0 <= m < x.ndim for m in out):
         raise SpecError(f"{name}: modes {modes} of {x.ndim} axes; write each once, below {x.ndim}")
     ranks = check_ranks(ranks, len(out), name)
