@@ -4,8 +4,8 @@
 
 Names are those of the files beside this one: imports, quantize, kmeans, selection, forward, memory,
 sparsify, fake_quantize, observe, coding, command_line, one_shot, lenet_pruning, mnist, minilm,
-low_bits, calibrated, mixed_precision, activations, gptq, image_model, language_model, decomposition,
-low_rank, factored, product, deep_compression.
+low_bits, calibrated, mixed_precision, activations, gptq, image_model, language_model,
+decomposition, low_rank, factored, product, deep_compression.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from rich.table import Table
 
 import jaxcompress as jc
 
-BATCH = 100
+BATCH, SHARE = 100, 0.55
 MODEL = ResNet8()
 
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="IDX files, as those of MNIST")
     parser.add_argument("--epochs", type=int, default=4, help="of the dense model")
     parser.add_argument("--tuned", type=int, default=2, help="epochs of the factors")
-    parser.add_argument("--share", type=float, default=0.55, help="of the channels, as ranks")
+    parser.add_argument("--share", type=float, default=SHARE, help="of the channels, as ranks")
     parser.add_argument("--out", type=Path, default=Path("out/factorize"))
     args = parser.parse_args()
     try:
