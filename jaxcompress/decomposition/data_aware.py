@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxcompress.arrays.base import is_compressed
 from jaxcompress.arrays.low_rank import LowRankArray
-from jaxcompress.decomposition.ranks import check_saving, energy_rank
-from jaxcompress.decomposition.spec import check_choice, check_possible, check_readable
+from jaxcompress.decomposition.ranks import check_possible, check_saving, energy_rank
+from jaxcompress.decomposition.spec import check_choice, check_readable
 from jaxcompress.decomposition.weighted import factors, magnitudes, weighted_spectrum
 from jaxcompress.errors import SpecError
 from jaxcompress.gradients.batches import mean_over_batches

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxcompress.arrays.adapted import AdaptedArray
 from jaxcompress.arrays.base import CompressedArray, is_compressed
 from jaxcompress.arrays.low_rank import LowRankArray
+from jaxcompress.decomposition.ranks import check_possible
 from jaxcompress.decomposition.sides import Sides
 from jaxcompress.errors import SpecError
 from jaxcompress.rules import default_axes
@@ -96,7 +97,7 @@ class LoRA(Spec):
     def plan(self, leaf: Any, context: LeafContext) -> Plan:
         """Settles the sides of the factors."""
         sides = Sides.of(leaf, context)
-        sides.check_rank(self.rank, context.path)
+        check_possible(self.rank, *sides.sizes, context.path)
         if context.key is None:
             raise SpecError(
                 f"{context.path}: LoRA draws its first factor and needs a key: write "

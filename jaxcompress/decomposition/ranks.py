@@ -22,6 +22,19 @@ def saving_rank(rows: int, columns: int) -> int:
     return max(0, (rows * columns - 1) // (rows + columns)) if rows and columns else 0
 
 
+def check_possible(rank: int, rows: int, columns: int, path: str) -> None:
+    """Refuses a rank that the matrix cannot have.
+
+    Raises:
+      SpecError: names the largest.
+    """
+    if rank > min(rows, columns):
+        raise SpecError(
+            f"{path}: rank {rank} is impossible for a {rows} x {columns} matrix; write at most "
+            f"{min(rows, columns)}"
+        )
+
+
 def check_saving(rank: int, rows: int, columns: int, path: str) -> None:
     """Refuses a rank whose factors take as much as the dense matrix or more.
 

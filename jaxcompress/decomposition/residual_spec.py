@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxcompress.arrays.adapted import AdaptedArray
 from jaxcompress.arrays.base import CompressedArray, is_compressed, materialize
+from jaxcompress.decomposition.ranks import check_possible
 from jaxcompress.decomposition.residual import alternate
 from jaxcompress.decomposition.sides import Sides
 from jaxcompress.errors import SpecError
@@ -51,7 +52,7 @@ class LowRankPlus(Spec):
     def plan(self, leaf: jax.Array, context: LeafContext) -> Plan:
         """Settles the sides of the factors."""
         sides = Sides.of(leaf, context)
-        sides.check_rank(self.rank, context.path)
+        check_possible(self.rank, *sides.sizes, context.path)
         return _LowRankPlusPlan(self, context, sides)
 
     def __call__(self, leaf: Any, context: LeafContext | None = None) -> Any:

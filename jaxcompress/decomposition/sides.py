@@ -63,24 +63,6 @@ class Sides:
         shape = self.shape
         return math.prod(shape[self.batch : self.middle]), math.prod(shape[self.middle :])
 
-    @property
-    def largest_rank(self) -> int:
-        """The least of them."""
-        return min(self.sizes)
-
-    def check_rank(self, rank: int, path: str) -> None:
-        """Refuses a rank that the matrix cannot have.
-
-        Raises:
-          SpecError: naming the path.
-        """
-        if rank > self.largest_rank:
-            m, n = self.sizes
-            raise SpecError(
-                f"{path}: rank {rank} is impossible for a {m} x {n} matrix; write at most "
-                f"{self.largest_rank}"
-            )
-
     def matrix(self, x: jax.Array) -> jax.Array:
         """`[*batch, m, n]`."""
         return x.reshape(*self.shape[: self.batch], *self.sizes)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from typing import Any
 
 import jax
@@ -12,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.low_rank import LowRankArray
-from jaxcompress.decomposition.ranks import check_saving, energy_rank, vbmf
+from jaxcompress.decomposition.ranks import check_possible, check_saving, energy_rank, vbmf
+from jaxcompress.decomposition.sides import Sides
 from jaxcompress.decomposition.svd import squared_singular_values, truncated_svd
 from jaxcompress.errors import SpecError, ValuesNeededError
 from jaxcompress.numerics import unit_scale
@@ -66,30 +65,20 @@ class LowRank(Spec):
 
     def plan(self, leaf: Any, context: LeafContext) -> Plan:
         """Settles the split of the axes and the rank."""
-        if leaf.ndim < 2:
-            raise SpecError(
-                f"{context.path}: shape {leaf.shape} is no matrix and has no low rank; let the "
-                "rule match kernels only, such as '**/kernel'"
-            )
-        left_ndim = _split(context, leaf)
-        batch = context.axes.batch_ndim(leaf.ndim)
-        middle = batch + left_ndim
-        rows, columns = math.prod(leaf.shape[batch:middle]), math.prod(leaf.shape[middle:])
+        sides = Sides.of(leaf, context)
         if isinstance(self.rank, int):
-            check_possible(self.rank, rows, columns, context.path)
+            check_possible(self.rank, *sides.sizes, context.path)
             if not self.allow_larger:
-                check_saving(self.rank, rows, columns, context.path)
-            rank = self.rank
-        else:
-            rank = self._by_values(leaf, batch, middle, context)
-        return _LowRankPlan(rank, batch, left_ndim)
+                check_saving(self.rank, *sides.sizes, context.path)
+            return _LowRankPlan(self.rank, sides)
+        return _LowRankPlan(self._by_values(leaf, sides, context.path), sides)
 
-    def _by_values(self, leaf: Any, batch: int, middle: int, context: LeafContext) -> int:
-        check_readable(leaf, context.path, type(self).__name__)
+    def _by_values(self, leaf: Any, sides: Sides, path: str) -> int:
+        check_readable(leaf, path, type(self).__name__)
         if self.energy is not None:
-            return energy_rank(_spectrum(leaf, batch, middle), self.energy)
-        matrices = np.asarray(_matrix(leaf, batch, middle).astype(jnp.float32))
-        found = [vbmf(x).rank for x in matrices.reshape(-1, *matrices.shape[-2:])]
+            return energy_rank(_spectrum(sides.matrix(leaf)), self.energy)
+        matrices = np.asarray(sides.matrix(leaf).astype(jnp.float32))
+        found = [vbmf(x).rank for x in matrices.reshape(-1, *sides.sizes)]
         return max(1, *found)
 
 
@@ -112,19 +101,6 @@ def check_choice(
         raise SpecError(f"allow_larger={allow_larger!r}: write True or False")
 
 
-def check_possible(rank: int, rows: int, columns: int, path: str) -> None:
-    """Refuses a rank that the matrix cannot have.
-
-    Raises:
-      SpecError: names the largest.
-    """
-    if rank > min(rows, columns):
-        raise SpecError(
-            f"{path}: rank {rank} is impossible for a {rows} x {columns} matrix; write at most "
-            f"{min(rows, columns)}"
-        )
-
-
 def check_readable(leaf: Any, path: str, name: str) -> None:
     """Refuses a leaf without values where a rank follows from them.
 
@@ -138,43 +114,18 @@ def check_readable(leaf: Any, path: str, name: str) -> None:
         )
 
 
-def _split(context: LeafContext, leaf: Any) -> int:
-    """The number of axes of the left factor: the inputs', or the outputs' where they come first."""
-    for first, last in (context.axes, context.axes[::-1]):
-        if first and last and max(first) < min(last):
-            return len(first)
-    raise SpecError(
-        f"{context.path}: input axes {context.axes.input} and output axes {context.axes.output} "
-        f"of shape {leaf.shape} do not form a matrix"
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _spectrum(leaf: jax.Array, batch: int, middle: int) -> jax.Array:
-    matrix = _matrix(leaf, batch, middle).astype(jnp.float32)
+@jax.jit
+def _spectrum(matrix: jax.Array) -> jax.Array:
+    matrix = matrix.astype(jnp.float32)
     # Shares are what counts, and the squares of the largest magnitude must not overflow.
     _, inverse = unit_scale(jnp.max(jnp.abs(matrix), axis=(-1, -2), keepdims=True))
     return squared_singular_values(matrix * inverse)
 
 
-def _matrix(leaf: jax.Array, batch: int, middle: int) -> jax.Array:
-    shape = leaf.shape
-    return leaf.reshape(*shape[:batch], math.prod(shape[batch:middle]), math.prod(shape[middle:]))
-
-
 @dataclasses.dataclass(frozen=True)
 class _LowRankPlan(Plan):
     rank: int
-    batch_ndim: int
-    left_ndim: int
+    sides: Sides
 
     def apply(self, leaf: jax.Array, key: jax.Array | None) -> LowRankArray:
-        batch, middle = self.batch_ndim, self.batch_ndim + self.left_ndim
-        left, right = truncated_svd(_matrix(leaf, batch, middle), self.rank)
-        shape = leaf.shape
-        return LowRankArray.of(
-            left.reshape(*shape[:middle], self.rank),
-            right.reshape(*shape[:batch], self.rank, *shape[middle:]),
-            left_ndim=self.left_ndim,
-            right_ndim=leaf.ndim - middle,
-        )
+        return self.sides.factors(*truncated_svd(self.sides.matrix(leaf), self.rank))
