@@ -68,15 +68,15 @@ def svd(
     """The leading singular vectors and values: `w ~ (u * s) @ vt`, without the other ones.
 
     A random subspace of `1.25 rank + 16` columns is filtered by Chebyshev polynomials of the Gram
-    matrix (`subspace.amplified`) until a round lowers the squared error by less than `tolerance`
-    times what is left. Where the subspace would hold more than half of all directions, the Gram
-    matrix is decomposed whole. The error exceeds the least possible by less than 1e-5 of it and a
-    small multiple of `eps |w|`.
+    matrix (`subspace.amplified`) until the rounds to come would lower the squared error by less
+    than `tolerance` times what is left. Where the subspace would hold more than half of all
+    directions, the Gram matrix is decomposed whole. The error exceeds the least possible by less
+    than 1e-5 of it and a small multiple of `eps |w|`.
 
     Args:
       w: `[m, n]` of floats; `vmap` for a stack.
       rank: from 1 to `min(m, n)`; static.
-      tolerance: the relative fall of the squared error in a round that ends it.
+      tolerance: the relative fall of the squared error yet to come that ends it.
       key: draws the first subspace; None: a fixed one.
 
     Returns:

@@ -95,13 +95,17 @@ def leading(a: jax.Array, rank: int, tolerance: float, key: jax.Array) -> jax.Ar
         return jnp.sum((a - matmul(matmul(a, q), q.T)) ** 2)
 
     def step(state: tuple) -> tuple:
-        i, (values, q, z), before, _ = state
+        i, (values, q, z), before, last, _ = state
         triple = singular(a, amplified(apply, values, q, z, _DEGREE))
         now = left_out(triple[1])
-        return i + 1, triple, now, before - now > tolerance * now
+        fall = before - now
+        # Falls shrink at least geometrically: what is to come is fall**2 / (last - fall) at most.
+        done = (fall <= tolerance * now) | (fall**2 <= tolerance * now * (last - fall))
+        return i + 1, triple, now, fall, ~done
 
     start = singular(a, orthonormal(apply(jax.random.normal(key, (short, width)))))
-    _, (_, q, _), _, _ = lax.while_loop(
-        lambda state: (state[0] < _ROUNDS) & state[-1], step, (0, start, left_out(start[1]), True)
+    state = (0, start, left_out(start[1]), 0.0, True)
+    _, (_, q, _), _, _, _ = lax.while_loop(
+        lambda state: (state[0] < _ROUNDS) & state[-1], step, state
     )
     return q[:, :rank]
