@@ -10,8 +10,7 @@ from tensorly import cp_to_tensor
 from tensorly.cp_tensor import CPTensor
 from tensorly.decomposition import parafac
 
-from jaxcompress.decomposition import cp as module
-from jaxcompress.decomposition.cp import cp
+from jaxcompress.decomposition.cp import _initial, cp
 from jaxcompress.errors import SpecError
 
 EPS = np.finfo(np.float32).eps
@@ -59,7 +58,7 @@ def test_two_axes_reach_the_best_rank():
 def test_no_worse_than_tensorly_from_the_same_start(noise):
     for seed in range(3):
         x = planted((3, 4, 14, 12), 10, seed, noise)
-        start = module._initial(jnp.asarray(x), 6, "svd", jax.random.key(seed))
+        start = _initial(jnp.asarray(x), 6, "svd", jax.random.key(seed))
         start = CPTensor((np.ones(6), [np.asarray(f, np.float64) for f in start]))
         reference = parafac(x.astype(np.float64), 6, n_iter_max=20, tol=0, init=start)
         ours = cp(jnp.asarray(x), 6, iterations=20, tolerance=0.0, key=jax.random.key(seed))
