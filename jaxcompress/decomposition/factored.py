@@ -192,7 +192,7 @@ def share_of(rank: Any, size: int) -> int:
     return min(int(rank), size)
 
 
-def check_rank(rank: Any, spec: str) -> None:
+def check_rank_or_share(rank: Any, spec: str) -> None:
     """Refuses what is neither a whole number from 1 nor a share in (0, 1)."""
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     share = isinstance(rank, float) and is_number(rank, 0, 1) and 0 < rank < 1

@@ -14,7 +14,7 @@ from jaxcompress.decomposition.factored import (
     Network,
     View,
     Weight,
-    check_rank,
+    check_rank_or_share,
     even_split,
     share_of,
 )
@@ -57,7 +57,7 @@ class Separable(FactoredSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.rank, "Separable")
+        check_rank_or_share(self.rank, "Separable")
 
     def network(self, weight: Weight, leaf: Any) -> Network:
         """Two factors that share the channels between them."""

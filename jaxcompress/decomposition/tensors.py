@@ -19,7 +19,7 @@ from jaxcompress.decomposition.factored import (
     Network,
     View,
     Weight,
-    check_rank,
+    check_rank_or_share,
     parts_of,
     share_of,
 )
@@ -81,7 +81,7 @@ class Tucker(FactoredSpec):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for rank in self.ranks if isinstance(self.ranks, tuple) else (self.ranks,):
-            check_rank(rank, "Tucker")
+            check_rank_or_share(rank, "Tucker")
         numbers = isinstance(self.axes, tuple) and all(is_count(-a, 1) for a in self.axes)
         if not (self.axes in (None, "all") or numbers):
             raise SpecError(f"Tucker(axes={self.axes!r}): write negative axes, 'all' or None")
@@ -396,7 +396,7 @@ class BlockTerm(FactoredSpec):
         if isinstance(self.ranks, list):
             object.__setattr__(self, "ranks", tuple(self.ranks))
         for rank in self.ranks if isinstance(self.ranks, tuple) else (self.ranks,):
-            check_rank(rank, "BlockTerm")
+            check_rank_or_share(rank, "BlockTerm")
         if not (is_count(self.terms, 1) and is_count(self.iterations, 0)):
             raise SpecError(f"{self!r}: write whole numbers, terms of at least 1")
         if not is_count(self.cores, 2, 6):
