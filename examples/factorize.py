@@ -1,7 +1,7 @@
 """Factors the convolutions of a trained ResNet-8, and trains the factors.
 
     python examples/factorize.py
-    python examples/factorize.py --epochs 6 --tuned 3 --share 0.55
+    python examples/factorize.py --epochs 6 --tuned 3 --share 0.4
 
 A ResNet-8 is trained on Fashion-MNIST. Each 3x3 kernel is written as a Tucker-2 decomposition: a
 convolution of a pixel to fewer channels, one of 3x3 on those, and one of a pixel back. Under
@@ -33,7 +33,7 @@ from rich.table import Table
 
 import jaxcompress as jc
 
-BATCH, SHARE = 100, 0.55
+BATCH, SHARE = 100, 0.5
 MODEL = ResNet8()
 
 

@@ -186,10 +186,19 @@ def even_split(n: int, count: int) -> tuple[int, ...]:
 
 
 def share_of(rank: Any, size: int) -> int:
-    """A rank: a number as it is, cut to what is possible, or a share of an axis."""
-    if isinstance(rank, float):
-        return max(1, round(rank * size))
-    return min(int(rank), size)
+    """A rank: a number as it is, cut to what is possible, or a share of an axis.
+
+    A share that comes to eight or more is rounded to a multiple of eight: convolutions of 35
+    channels take twice as long as of 32, since vector units work on whole registers.
+
+    Examples:
+      >>> share_of(35, 64), share_of(0.55, 64), share_of(0.55, 8), share_of(100, 64)
+      (35, 32, 4, 64)
+    """
+    if not isinstance(rank, float):
+        return min(int(rank), size)
+    wanted = rank * size
+    return max(1, round(wanted)) if wanted < 8 else min(size, 8 * round(wanted / 8))
 
 
 def check_rank_or_share(rank: Any, spec: str) -> None:

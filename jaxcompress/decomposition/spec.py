@@ -110,7 +110,7 @@ def check_readable(leaf: Any, path: str, name: str) -> None:
     if isinstance(leaf, jax.core.Tracer):
         raise ValuesNeededError(
             f"{path}: a rank that is not given reads the values, which jit hides; compress outside "
-            f"of jit or write {name}(rank=...)"
+            f"of jit or write it, as in {name}(16)"
         )
 
 

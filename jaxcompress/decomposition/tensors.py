@@ -23,10 +23,12 @@ from jaxcompress.decomposition.factored import (
     parts_of,
     share_of,
 )
+from jaxcompress.decomposition.ranks import vbmf_ranks
+from jaxcompress.decomposition.spec import check_readable
 from jaxcompress.decomposition.tensor_ring import tensor_ring
 from jaxcompress.decomposition.tensor_train import tensor_train
 from jaxcompress.decomposition.tucker import tucker
-from jaxcompress.errors import SpecError, ValuesNeededError
+from jaxcompress.errors import SpecError
 from jaxcompress.specs import is_count, is_number, register_spec
 
 Rank = int | float
@@ -51,13 +53,16 @@ class Tucker(FactoredSpec):
     own factors.
 
     Args:
-      ranks: of the axes: whole numbers, cut to the axis, or shares of it; one for all, or a tuple.
+      ranks: of the axes: whole numbers, cut to the axis, or shares of it, which are rounded to
+        multiples of eight; one for all, or a tuple; or `"vbmf"`, for as many as stand out of the
+        noise (see `decomposition.vbmf_ranks`; in a stack the largest), of two axes.
       axes: the axes that get a factor, negative; None: the input axis next to the outputs and the
         last output axis, which are the channels of a convolution; "all": each of them.
       iterations: at most so many sweeps; 0 is the truncated higher-order SVD.
 
     Raises:
       SpecError: for ranks that do not fit the axes or save nothing.
+      ValuesNeededError: for `"vbmf"` inside of jit.
 
     References:
       Kim et al., *Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
@@ -70,7 +75,7 @@ class Tucker(FactoredSpec):
       FactoredArray(float32[3, 3, 16, 32], Tucker 4x8)
     """
 
-    ranks: Rank | tuple[Rank, ...]
+    ranks: Rank | tuple[Rank, ...] | str
     _: dataclasses.KW_ONLY
     axes: tuple[int, ...] | str | None = None
     iterations: int = 20
@@ -80,7 +85,8 @@ class Tucker(FactoredSpec):
         for name in ("ranks", "axes"):  # lists come from YAML
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for rank in self.ranks if isinstance(self.ranks, tuple) else (self.ranks,):
+        ranks = self.ranks if isinstance(self.ranks, tuple) else (self.ranks,)
+        for rank in () if self.ranks == "vbmf" else ranks:
             check_rank_or_share(rank, "Tucker")
         numbers = isinstance(self.axes, tuple) and all(is_count(-a, 1) for a in self.axes)
         if not (self.axes in (None, "all") or numbers):
@@ -101,7 +107,10 @@ class Tucker(FactoredSpec):
                 raise SpecError(
                     f"{weight.path}: axes {self.axes} are not those of shape {weight.shape}"
                 )
-        ranks = self.ranks if isinstance(self.ranks, tuple) else (self.ranks,) * len(axes)
+        if self.ranks == "vbmf":
+            ranks = self._by_noise(weight, leaf, axes)
+        else:
+            ranks = self.ranks if isinstance(self.ranks, tuple) else (self.ranks,) * len(axes)
         if len(ranks) != len(axes):
             raise SpecError(
                 f"{weight.path}: {len(ranks)} ranks for the axes {[a - ndim for a in axes]} of "
@@ -118,6 +127,13 @@ class Tucker(FactoredSpec):
         return Network(
             _whole(weight.shape), f"{','.join(terms)}->{','.join(letters)}", found, shapes
         )
+
+    def _by_noise(self, weight: Weight, leaf: Any, axes: Sequence[int]) -> tuple[Any, ...]:
+        check_readable(leaf, weight.path, "Tucker")
+        if len(axes) != 2:
+            raise SpecError(f"{weight.path}: 'vbmf' is for two axes, not {len(axes)}; write ranks")
+        found = [vbmf_ranks(x, (axes[0], axes[1])) for x in leaf.reshape(-1, *weight.shape)]
+        return tuple(max(pair) for pair in zip(*found))
 
     def factors(self, x: jax.Array, network: Network) -> Sequence[jax.Array]:
         """By `decomposition.tucker`."""
@@ -246,11 +262,7 @@ class _Chain(FactoredSpec):
             one = jax.ShapeDtypeStruct(view.shape, np.dtype("float32"))
             shapes = [tuple(c.shape) for c in jax.eval_shape(self._cores, one)]
             return [(s[0], s[-1]) for s in shapes]
-        if isinstance(leaf, jax.core.Tracer):
-            raise ValuesNeededError(
-                f"{weight.path}: ranks by error read the values, which jit hides; compress "
-                "outside of jit or write ranks"
-            )
+        check_readable(leaf, weight.path, type(self).__name__)
         found = [
             [(c.shape[0], c.shape[-1]) for c in self._cores(view(x))]
             for x in leaf.reshape(-1, *weight.shape)

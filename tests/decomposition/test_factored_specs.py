@@ -156,6 +156,17 @@ def test_bad_specs(bad):
         bad()
 
 
+def test_ranks_by_the_noise():
+    kernel = planted("hwRS,iR,oS->h,w,i,o", {"h": 3, "w": 3, "i": 24, "o": 32, "R": 2, "S": 4})
+    noisy = kernel + 0.1 * normal(3, 3, 24, 32)
+    leaf = jc.Tucker("vbmf")(noisy)
+    assert [f.shape for f in leaf.factors] == [(3, 3, 2, 4), (24, 2), (32, 4)]
+    with pytest.raises(jc.CompressError, match="outside of jit"):
+        jax.jit(jc.Tucker("vbmf"))(noisy)
+    with pytest.raises(jc.SpecError, match="two axes"):
+        jc.Tucker("vbmf", axes="all")(noisy)
+
+
 def test_a_bias_has_no_form():
     with pytest.raises(jc.SpecError, match="kernels only"):
         jc.CP(2)(normal(8))
