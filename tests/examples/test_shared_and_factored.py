@@ -31,7 +31,7 @@ def digits():
 
 @pytest.mark.slow
 def test_factors_are_trained_and_stored(digits, tmp_path):
-    rows, dense, small = factorize.compare(digits, tmp_path, epochs=8, tuned=4, share=0.5)
+    rows, _, small = factorize.compare(digits, tmp_path, epochs=8, tuned=4, share=0.5)
     before, factored, after = rows
     assert after["flops"] == factored["flops"] < before["flops"] / 2
     assert after["file_bytes"] < before["file_bytes"]
