@@ -135,7 +135,7 @@ def _results(
     if unmet or not tallies:
         which = unmet[0] if unmet else "no leaf"
         raise SpecError(
-            f"{which}{'' if unmet else ' of the params'} meets a matmul, a convolution or a "
+            f"{which}{' meets no' if unmet else ' of the params meets a'} matmul, convolution or "
             "look-up that can be seen; leave it out of `leaves`, or see that it reaches one as "
             "it is (not scaled, joined to others, or inside shard_map)"
         )

@@ -91,7 +91,7 @@ class FactoredArray(CompressedArray):
         """
         left, arrow, right = expression.replace(" ", "").partition("->")
         terms, axes = tuple(left.split(",")), tuple(right.split(","))
-        _check(factors, terms, axes, expression if arrow else "")
+        _check(factors, terms, axes, expression, bool(arrow))
         return cls(tuple(factors), terms, axes, kind)
 
     @property
@@ -172,11 +172,15 @@ class FactoredArray(CompressedArray):
 
 
 def _check(
-    factors: Sequence[Any], terms: Sequence[str], axes: Sequence[str], expression: str
+    factors: Sequence[Any],
+    terms: Sequence[str],
+    axes: Sequence[str],
+    expression: str,
+    arrow: bool,
 ) -> None:
     letters = "".join(axes)
     plain = all(set(t) <= set(string.ascii_letters) for t in (*terms, *axes))
-    if not expression or not plain or not factors or len(terms) != len(factors):
+    if not arrow or not plain or not factors or len(terms) != len(factors):
         raise SpecError(
             f"expression {expression!r} for {len(factors)} factors: write the letters of each "
             "factor and of each axis, such as 'ir,hwrs,so->h,w,i,o'"
@@ -235,7 +239,7 @@ def _dot_general(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     sizes |= {name: x.shape[a] for a, name in enumerate(theirs) if len(name) == 1}
     split = x.reshape([sizes[c] for name in theirs for c in name])
     terms = ["".join(theirs), *(stack + term for term in leaf.terms)]
-    path = _path(tuple(terms), "".join(out), tuple(sizes.items()), leaf.size)
+    path = _path(tuple(terms), "".join(out), known(sizes), leaf.size)
     if path is None:
         return dense()
     wanted = params["preferred_element_type"]
@@ -256,6 +260,11 @@ def _dot_general(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     nested = any(is_compressed(f) for f in leaf.factors)
     result = deferred(contracted, leaf, split) if nested else contracted(leaf, split)
     return result.astype(wanted or jnp.promote_types(x.dtype, leaf.dtype))
+
+
+def known(sizes: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Sizes as a key; one that is a symbol counts as 8, for the order of products alone."""
+    return tuple((c, n if isinstance(n, int) else 8) for c, n in sizes.items())
 
 
 @functools.lru_cache(maxsize=4096)

@@ -50,7 +50,8 @@ def _conv(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     t = lax.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
     t = t.reshape(*t.shape[:-1], *(network.size[c] for c in network.group + network.inputs))
     state = _State(t.astype(wide), network.group + network.inputs)
-    factors = [network.split(materialize(f).astype(wide), n) for n, f in enumerate(leaf.factors)]
+    parts = [materialize(f).astype(wide) for f in leaf.factors]
+    factors = [network.split(f, n, leaf.terms[n]) for n, f in enumerate(parts)]
     for step, n in enumerate(order):
         later = {c for m in order[step + 1 :] for c in network.terms[m]}
         keep = later | set(network.outputs) | set(network.group)
@@ -93,8 +94,10 @@ class _Network:
     def size(self) -> dict[str, int]:
         return dict(self.sizes)
 
-    def split(self, factor: jax.Array, n: int) -> jax.Array:
-        """A factor with the groups' letter as an axis of its own."""
+    def split(self, factor: jax.Array, n: int, term: str) -> jax.Array:
+        """A factor with the groups' letter as an axis of its own, summed over what only it has."""
+        alone = [a for a, c in enumerate(term) if c not in self.terms[n]]
+        factor = jnp.sum(factor, axis=alone)
         return factor.reshape([self.size[c] for c in self.terms[n]])
 
     def window(self, axis: int, length: int) -> int:
@@ -121,6 +124,8 @@ def _network(leaf: FactoredArray, params: dict[str, Any]) -> _Network | None:
         group = free[0]
         sizes |= {group: groups, first: sizes[first] // groups}
         terms = tuple(t.replace(first, group + first) for t in terms)
+    whole = "".join((*terms, out, inputs, *space))
+    terms = tuple("".join(c for c in t if whole.count(c) > 1) for t in terms)
     return _Network(
         terms, tuple(sizes.items()), "".join(space), inputs, out, group,
         tuple(params["window_strides"]), tuple(map(tuple, params["padding"])),

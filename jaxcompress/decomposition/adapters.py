@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxcompress.arrays.adapted import AdaptedArray
 from jaxcompress.arrays.base import cast, is_compressed, materialize
 from jaxcompress.errors import SpecError
-from jaxcompress.rules import KernelAxes, default_axes, flatten, map_with_path
+from jaxcompress.rules import KernelAxes, check_axes, default_axes, flatten, map_with_path
 from jaxcompress.specs import LeafContext, Spec
 
 
@@ -36,20 +36,21 @@ def partition_adapters(tree: Any) -> tuple[Any, Any]:
       >>> [x.shape for x in jax.tree.leaves(adapters)], rest["bias"].shape
       ([(4, 1), (1, 3)], (3,))
     """
-    if not any(isinstance(x, AdaptedArray) for _, x in flatten(tree)[0]):
+    adapted = lambda x: isinstance(x, AdaptedArray)
+    if not any(adapted(x) for x in jax.tree.leaves(tree, is_leaf=adapted)):
         raise SpecError("no leaf is adapted: compress some by LoRA first, or use jc.partition")
 
     def part(x: Any, delta: bool) -> Any:
         """The change, or all but it."""
         nothing = lambda y: jax.tree.map(lambda _: None, y)
-        if not isinstance(x, AdaptedArray):
-            return nothing(x) if delta else x
+        if not adapted(x):
+            return None if delta else x
         if delta:
             return x.replace(base=nothing(x.base))
         return x.replace(delta=nothing(x.delta))
 
-    adapters = jax.tree.map(lambda x: part(x, True), tree, is_leaf=is_compressed)
-    rest = jax.tree.map(lambda x: part(x, False), tree, is_leaf=is_compressed)
+    adapters = jax.tree.map(lambda x: part(x, True), tree, is_leaf=adapted)
+    rest = jax.tree.map(lambda x: part(x, False), tree, is_leaf=adapted)
     return adapters, rest
 
 
@@ -69,6 +70,10 @@ def merge(tree: Any, spec: Spec | None = None, *, axes: dict[str, KernelAxes] | 
     Returns:
       The tree, each adapted leaf dense or what the spec makes of it.
 
+    Raises:
+      SpecError: for a change within another leaf.
+      RuleError: for `axes` that name no leaf.
+
     Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
       >>> from jaxcompress.decomposition.lora import LoRA
@@ -79,6 +84,11 @@ def merge(tree: Any, spec: Spec | None = None, *, axes: dict[str, KernelAxes] | 
       {'kernel': QuantizedArray(float32[4, 3], int8)}
     """
 
+    leaves = flatten(tree)[0]
+    check_axes(axes or {}, leaves)
+    for path, leaf in leaves:
+        _refuse_within(path, leaf)
+
     def one(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, AdaptedArray):
             return leaf
@@ -88,6 +98,18 @@ def merge(tree: Any, spec: Spec | None = None, *, axes: dict[str, KernelAxes] | 
         return spec(dense, LeafContext(path, (axes or {}).get(path, default_axes(path, leaf.ndim))))
 
     return map_with_path(one, tree)
+
+
+def _refuse_within(path: str, leaf: Any) -> None:
+    """An adapter within another leaf would be passed over."""
+    if not is_compressed(leaf) or isinstance(leaf, AdaptedArray):
+        return
+    adapted = lambda x: isinstance(x, AdaptedArray)
+    if any(adapted(x) for x in jax.tree.leaves(leaf, is_leaf=adapted)):
+        raise SpecError(
+            f"{path}: the change is within a {type(leaf).__name__}, which is not merged; merge "
+            "first, and put that around what comes out"
+        )
 
 
 class Gap(NamedTuple):
@@ -127,6 +149,7 @@ def merge_gaps(trained: Any, merged: Any) -> dict[str, Gap]:
     after = dict(flatten(merged)[0])
     out = {}
     for path, leaf in flatten(trained)[0]:
+        _refuse_within(path, leaf)
         if isinstance(leaf, AdaptedArray):
             if path not in after:
                 raise SpecError(f"{path} is not in the merged tree: give what merge made of this")

@@ -257,6 +257,8 @@ def _choosable(
             seen = stats.get(path, {}).get(tuple(hit.axes.input))
             if seen is None or np.ndim(seen.count) > len(how.batch):  # of a grouped convolution
                 continue
+            if seen.gram is None and seen.fisher is None:  # a table that is only looked up
+                continue
         out.append(_Leaf(hit, leaf, how))
     if not out:
         raise SpecError(

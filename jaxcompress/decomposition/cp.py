@@ -21,6 +21,7 @@ from jaxcompress.decomposition.modes import (
     unfold,
 )
 from jaxcompress.errors import SpecError
+from jaxcompress.specs import is_count
 
 _Terms = tuple[tuple[jax.Array, ...], jax.Array]
 _INITS = ("svd", "random")
@@ -80,6 +81,8 @@ def cp(
     """
     check_array(x, "cp")
     rank = check_rank(rank, "cp")
+    if not is_count(iterations, 1):
+        raise SpecError(f"cp: iterations={iterations!r}; write a whole number of at least 1")
     if init not in _INITS:
         raise SpecError(f"cp: init={init!r}; write one of {', '.join(_INITS)}")
     if x.size == 0:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.arrays.factored_conv import FactoredArray
-from jaxcompress.errors import SpecError
+from jaxcompress.errors import SpecError, ValuesNeededError
 from jaxcompress.specs import LeafContext, Plan, Spec, is_number
 
 LETTERS = "abcdefghijklmnop"  # of the axes of the weight and of their parts
@@ -35,12 +35,18 @@ class Weight(NamedTuple):
 
     @property
     def channels(self) -> tuple[int, int]:
-        """The input axis next to the outputs, and the last output axis.
+        """The input axis of the channels, and the last output axis.
 
-        Those of a convolution, whose window lies beyond its inputs in every convention.
+        That next to the outputs, beyond which the window lies: `[*window, in, out]` and `[out, in,
+        *window]`. Where inputs lie on both sides of the outputs, as those of a transposed
+        convolution `[*window, out, in]`, that which is alone on its side.
         """
-        near = max if max(self.inputs) < min(self.outputs) else min
-        return near(self.inputs), max(self.outputs)
+        first, last = min(self.outputs), max(self.outputs)
+        before = [a for a in self.inputs if a < first]
+        after = [a for a in self.inputs if a > last]
+        if before and after:
+            return (after[0] if len(after) == 1 else before[-1]), last
+        return (before[-1] if before else after[0]), last
 
     @property
     def window(self) -> tuple[int, ...]:
@@ -116,7 +122,14 @@ class FactoredSpec(Spec):
             tuple(a + ndim for a in inputs),
             tuple(a + ndim for a in outputs),
         )
-        network = self.network(weight, leaf)
+        try:
+            network = self.network(weight, leaf)
+        except ValuesNeededError:
+            raise
+        except SpecError as error:  # of a function on arrays, which knows no path
+            if str(error).startswith(context.path):
+                raise
+            raise SpecError(f"{context.path}: {error}") from error
         size = sum(math.prod(shape) for shape in network.shapes)
         if size >= math.prod(weight.shape):
             raise SpecError(
@@ -134,17 +147,33 @@ class _FactoredPlan(Plan):
     batch_ndim: int
 
     def apply(self, leaf: jax.Array, key: jax.Array | None) -> FactoredArray:
-        one = lambda x: tuple(
-            f.astype(leaf.dtype).reshape(shape)
-            for f, shape in zip(
-                self.spec.factors(self.network.view(x), self.network),
-                self.network.shapes,
-                strict=True,
-            )
-        )
+        def one(x: jax.Array) -> tuple[jax.Array, ...]:
+            # In float32: of orthonormal factors one has all of the weight's norm.
+            found = self.spec.factors(self.network.view(x.astype(jnp.float32)), self.network)
+            shaped = [f.reshape(s) for f, s in zip(found, self.network.shapes, strict=True)]
+            return tuple(f.astype(leaf.dtype) for f in evened(shaped))
+
         for _ in range(self.batch_ndim):
             one = jax.vmap(one)
         return FactoredArray.of(one(leaf), self.network.expression, kind=self.spec.kind)
+
+
+def evened(factors: Sequence[jax.Array]) -> list[jax.Array]:
+    """Factors of the same product whose largest magnitudes are alike, to a power of two.
+
+    So that those of a float16 weight are finite where it is, and all train at one rate.
+
+    Examples:
+      >>> [f.tolist() for f in evened([jnp.array([64.0]), jnp.array([1.0]), jnp.array([1.0])])]
+      [[4.0], [4.0], [4.0]]
+    """
+    if any(f.size == 0 for f in factors):
+        return list(factors)
+    largest = jnp.stack([jnp.max(jnp.abs(f)) for f in factors])
+    logs = jnp.where(jnp.all(largest > 0), jnp.log2(jnp.maximum(largest, 1e-30)), 0.0)
+    shifts = jnp.round(jnp.mean(logs) - logs)
+    shifts = shifts.at[-1].set(-jnp.sum(shifts[:-1]))
+    return [jnp.ldexp(f, n) for f, n in zip(factors, shifts.astype(jnp.int32))]
 
 
 def parts_of(sizes: Sequence[int], cores: int, path: str, spec: Any) -> tuple[tuple[int, ...], ...]:

@@ -113,7 +113,7 @@ class LoRA(Spec):
         plan = self.plan(leaf, context)
         assert isinstance(plan, _LoRAPlan)
         delta = _zero_change(plan, jnp.dtype(self.dtype or leaf.dtype), context.key)
-        return AdaptedArray(leaf, _placed(delta, leaf), self.scale)
+        return AdaptedArray.of(leaf, _placed(delta, leaf), scale=self.scale)
 
 
 @dataclasses.dataclass(frozen=True)

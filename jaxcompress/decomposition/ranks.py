@@ -74,7 +74,7 @@ def energy_rank(squares: Any, energy: float) -> int:
     share = np.cumsum(squares.reshape(-1, squares.shape[-1]), axis=-1)
     # The float64 sum's own last place decides whether energy=1 asks for a zero more.
     wanted = energy * share[:, -1:] * (1 - 1e-12)
-    return int(np.max(np.argmax(share >= wanted, axis=-1))) + 1
+    return int(np.max(np.argmax(share >= wanted, axis=-1), initial=0)) + 1
 
 
 class VBMF(NamedTuple):

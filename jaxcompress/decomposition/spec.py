@@ -79,7 +79,7 @@ class LowRank(Spec):
             return energy_rank(_spectrum(sides.matrix(leaf)), self.energy)
         matrices = np.asarray(sides.matrix(leaf).astype(jnp.float32))
         found = [vbmf(x).rank for x in matrices.reshape(-1, *sides.sizes)]
-        return max(1, *found)
+        return max(1, *found, 1)
 
 
 def check_choice(

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcompress.decomposition.modes import check_array, check_rank
 from jaxcompress.decomposition.subspace import leading, width_of
+from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
 
 # From this many columns on, a filtered subspace of few is less work than `eigh` of all.
@@ -55,6 +57,9 @@ def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       `left` `[..., m, rank]` and `right` `[..., rank, n]`, in the dtype of `w`.
 
+    Raises:
+      SpecError: for an integer array, fewer than two axes, or a rank that is impossible.
+
     References:
       Eckart and Young, *The approximation of one matrix by another of lower rank*, 1936;
       Halko, Martinsson and Tropp, *Finding Structure with Randomness*, 2011 (refinement).
@@ -66,6 +71,11 @@ def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
       >>> left.shape, right.shape, bool(jnp.allclose(left @ right, w, atol=1e-5))
       ((3, 1), (1, 4), True)
     """
+    check_array(w, "truncated_svd")
+    if check_rank(rank, "truncated_svd") > min(w.shape[-2:]):
+        raise SpecError(
+            f"truncated_svd: rank {rank} of shape {w.shape}; write at most {min(w.shape[-2:])}"
+        )
     wide = w.shape[-1] > w.shape[-2]
     a = w.astype(jnp.float32)
     a = jnp.swapaxes(a, -1, -2) if wide else a  # [..., long, short]

@@ -63,8 +63,8 @@ def tensor_train(
     if (ranks is None) == (error is None):
         raise SpecError("tensor_train: write one of ranks and error")
     if error is not None:
-        return _tensor_train(x, _ranks_by_error(x, error))
-    return _tensor_train(x, _possible(x.shape, ranks))
+        return by_ranks(x, _ranks_by_error(x, error))
+    return by_ranks(x, _possible(x.shape, ranks))
 
 
 def tensor_train_matrix(
@@ -168,7 +168,8 @@ def _ranks_by_error(x: jax.Array, error: float) -> tuple[int, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _tensor_train(x: jax.Array, ranks: tuple[int, ...]) -> tuple[jax.Array, ...]:
+def by_ranks(x: jax.Array, ranks: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """The train of given ranks, which are not checked."""
     edges = (1, *ranks, 1)
     if x.size == 0:
         shapes = [(edges[k], n, edges[k + 1]) for k, n in enumerate(x.shape)]

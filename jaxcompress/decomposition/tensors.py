@@ -26,7 +26,7 @@ from jaxcompress.decomposition.factored import (
 from jaxcompress.decomposition.ranks import vbmf_ranks
 from jaxcompress.decomposition.spec import check_readable
 from jaxcompress.decomposition.tensor_ring import tensor_ring
-from jaxcompress.decomposition.tensor_train import tensor_train
+from jaxcompress.decomposition.tensor_train import by_ranks, tensor_train
 from jaxcompress.decomposition.tucker import tucker
 from jaxcompress.errors import SpecError
 from jaxcompress.specs import is_count, is_number, register_spec
@@ -98,11 +98,11 @@ class Tucker(FactoredSpec):
         """The core and a factor for each axis."""
         ndim = len(weight.shape)
         if self.axes is None:
-            axes: Sequence[int] = sorted(weight.channels)
+            axes: Sequence[int] = weight.channels
         elif isinstance(self.axes, str):
             axes = range(ndim)
         else:
-            axes = sorted(a + ndim for a in self.axes)
+            axes = [a + ndim for a in self.axes]
             if min(axes) < 0 or len(set(axes)) != len(axes):
                 raise SpecError(
                     f"{weight.path}: axes {self.axes} are not those of shape {weight.shape}"
@@ -133,7 +133,7 @@ class Tucker(FactoredSpec):
         if len(axes) != 2:
             raise SpecError(f"{weight.path}: 'vbmf' is for two axes, not {len(axes)}; write ranks")
         found = [vbmf_ranks(x, (axes[0], axes[1])) for x in leaf.reshape(-1, *weight.shape)]
-        return tuple(max(pair) for pair in zip(*found))
+        return tuple(max(pair) for pair in zip(*found)) or (1, 1)
 
     def factors(self, x: jax.Array, network: Network) -> Sequence[jax.Array]:
         """By `decomposition.tucker`."""
@@ -153,7 +153,6 @@ class CP(FactoredSpec):
 
     A convolution becomes one of a pixel to r channels, one along each axis of the window on every
     channel by itself, and one of a pixel. By alternating least squares; see `decomposition.cp`.
-    An axis of one value gets no factor.
 
     Args:
       rank: the number of terms.
@@ -178,8 +177,8 @@ class CP(FactoredSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_count(self.rank, 1) or not is_count(self.iterations, 0):
-            raise SpecError(f"{self!r}: write whole numbers, a rank of at least 1")
+        if not is_count(self.rank, 1) or not is_count(self.iterations, 1):
+            raise SpecError(f"{self!r}: write whole numbers of at least 1")
 
     def network(self, weight: Weight, leaf: Any) -> Network:
         """A factor for each axis."""
@@ -267,6 +266,8 @@ class _Chain(FactoredSpec):
             [(c.shape[0], c.shape[-1]) for c in self._cores(view(x))]
             for x in leaf.reshape(-1, *weight.shape)
         ]
+        if not found:  # an empty stack
+            return [(1, 1)] * len(view.shape)
         return [tuple(max(p) for p in zip(*pairs)) for pairs in zip(*found)]
 
     def network(self, weight: Weight, leaf: Any) -> Network:
@@ -298,11 +299,12 @@ class TensorTrain(_Chain):
 
     A matrix is read with its inputs and outputs in `cores` parts each,
     `w[(i1..id), (o1..od)] ~ G1[i1, o1] @ .. @ Gd[id, od]`; a size is split as evenly as it goes,
-    and a side of several axes, such as heads and depth, in its axes. A convolution is the train of
-    its inputs, the axes of its window and its outputs.
+    and several output axes, such as heads and depth, are their own parts. A kernel of several input
+    axes and one output axis is read as a convolution, the train of its inputs, the axes of its
+    window and its outputs, whatever `cores` says.
 
     Args:
-      ranks: those between the cores, or one for all, cut to what is possible.
+      ranks: those between the cores, or one for all, which is cut to what is possible.
       cores: into how many parts a matrix is split.
       error: in place of ranks, the largest relative error in the Frobenius norm.
 
@@ -324,7 +326,8 @@ class TensorTrain(_Chain):
 
     def factors(self, x: jax.Array, network: Network) -> Sequence[jax.Array]:
         """By `decomposition.tensor_train`."""
-        return tensor_train(x, network.ranks[:-1])
+        # Ranks by an error may be more than those of the next core need.
+        return by_ranks(x, network.ranks[:-1])
 
 
 @register_spec("tensor_ring")
@@ -336,7 +339,7 @@ class TensorRing(_Chain):
     `TensorTrain`.
 
     Args:
-      ranks: one before each core, or one for all, cut to what is possible.
+      ranks: one before each core, or one for all.
       cores: into how many parts a matrix is split.
       error: not for rings; write ranks.
 

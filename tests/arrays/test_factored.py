@@ -31,6 +31,7 @@ KERNELS = {
     "cp": ("hr,wr,ir,or->h,w,i,o", {"h": 3, "w": 3, "i": 8, "o": 6, "r": 4}),
     "separable": ("hir,wro->h,w,i,o", {"h": 3, "w": 3, "i": 8, "o": 6, "r": 2}),
     "train": ("ia,ahb,bwc,co->h,w,i,o", {"h": 3, "w": 3, "i": 8, "o": 6, "a": 2, "b": 3, "c": 2}),
+    "alone": ("iz,hwrs,os->h,w,i,o", {"h": 3, "w": 3, "i": 8, "o": 6, "z": 2, "r": 2, "s": 2}),
     "parts": (
         "air,hwrs,bos->h,w,ai,bo",
         {"h": 3, "w": 3, "a": 2, "i": 4, "b": 3, "o": 2, "r": 2, "s": 2},

@@ -93,8 +93,50 @@ def test_the_channels_of_a_convolution(order):
     if order == "OIHW":
         kernel, axes = kernel.transpose(3, 2, 0, 1), jc.KernelAxes((-3, -2, -1), (-4,))
     leaf = jc.compress({"w": kernel}, {"w": jc.Tucker((2, 3))}, axes={"w": axes})["w"]
-    ranks = {tuple(f.shape) for f in leaf.factors[1:]}
-    assert ranks == {(8, 2), (6, 3)} if order == "HWIO" else {(6, 2), (8, 3)}
+    # The first rank is that of the inputs, wherever they stand.
+    assert [f.shape for f in leaf.factors[1:]] == [(8, 2), (6, 3)]
+
+
+def test_the_channels_of_a_transposed_convolution():
+    axes = {"w": jc.KernelAxes((-4, -3, -1), (-2,))}  # height, width, outputs, inputs
+    kernel = normal(3, 3, 16, 32)
+    leaf = jc.compress({"w": kernel}, {"w": jc.Tucker((4, 8))}, axes=axes)["w"]
+    assert [f.shape for f in leaf.factors[1:]] == [(32, 4), (16, 8)]
+    leaf = jc.compress({"w": kernel}, {"w": jc.Separable(8)}, axes=axes)["w"]
+    assert [f.shape for f in leaf.factors] == [(3, 32, 8), (8, 3, 16)]
+
+
+def test_ranks_go_with_the_axes_as_they_are_written():
+    leaf = jc.Tucker((4, 8), axes=(-1, -2))(normal(3, 3, 16, 32))
+    assert [f.shape for f in leaf.factors[1:]] == [(32, 4), (16, 8)]
+
+
+def test_large_half_precision_weights_have_finite_factors():
+    w = (3e3 * (1 + 0.1 * normal(64, 64))).astype(jnp.float16)
+    for spec in (jc.Tucker(4), jc.TensorTrain(4), jc.BlockTerm(2, 2), jc.CP(4)):
+        leaf = spec(w)
+        assert all(bool(jnp.all(jnp.isfinite(f))) for f in leaf.factors)
+        error = leaf.materialize().astype(jnp.float32) - w.astype(jnp.float32)
+        assert float(jnp.linalg.norm(error)) < 0.2 * float(jnp.linalg.norm(w.astype(jnp.float32)))
+
+
+def test_empty_stacks_have_empty_factors():
+    axes = {"w": jc.KernelAxes((-2,), (-1,))}
+    for spec in (
+        jc.LowRank("vbmf"),
+        jc.LowRank(energy=0.5),
+        jc.Tucker("vbmf"),
+        jc.TensorTrain(error=0.1),
+    ):
+        context = jc.LeafContext("w", axes["w"])
+        assert spec(jnp.zeros((0, 8, 8)), context).shape == (0, 8, 8)
+
+
+def test_trains_by_any_error():
+    w = jnp.asarray(np.random.default_rng(2).normal(size=(2, 12, 12)), jnp.float32)
+    context = jc.LeafContext("w", jc.KernelAxes((-3, -2), (-1,)))
+    leaf = jc.TensorTrain(error=0.9)(w, context)
+    assert float(jnp.linalg.norm(leaf.materialize() - w)) <= 0.9 * float(jnp.linalg.norm(w))
 
 
 def test_attention_kernels_keep_their_axes():
