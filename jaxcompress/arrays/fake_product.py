@@ -96,10 +96,13 @@ def _encoded(w: jax.Array, books: jax.Array, axis: int) -> jax.Array:
     rest = blocks_of(w, axis, d)
     count, rows = rest.shape[:2]
     rest = rest.reshape(m, -1, d)
+    counts = None
+    if w.shape[axis] % d:  # what fills the last block up has no say
+        counts = blocks_of(jnp.ones_like(w), axis, d).reshape(rest.shape)
     found = []
     for s in range(stages):
         book = books[s].astype(jnp.float32)
-        at = jax.vmap(nearest)(rest, book)
+        at = jax.vmap(nearest)(rest, book, counts)
         found.append(at.reshape(count, rows))
         rest = rest - jax.vmap(lambda table, i: table[i])(book, at)
     return indices_of(jnp.stack(found), w.shape, axis)

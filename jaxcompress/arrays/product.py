@@ -175,7 +175,8 @@ def decoded(indices: jax.Array, books: jax.Array, axis: int, length: int) -> jax
     stages, m, k, d = books.shape
     indices = jnp.moveaxis(indices, axis, -1).astype(jnp.int32)
     lead, blocks = indices.shape[:-1], indices.shape[-1] // stages
-    first = np.arange(blocks, dtype=np.int32) * m // max(1, blocks) * k
+    # In 64 bits on the host: blocks times codebooks may be more than 2**31.
+    first = (np.arange(blocks, dtype=np.int64) * m // max(1, blocks) * k).astype(np.int32)
     table = books.reshape(stages * m * k, d)
     out = jnp.zeros((), jnp.float32)
     for s in range(stages):  # one after the other: a sum in an order that no compiler changes
@@ -207,8 +208,10 @@ def indices_of(blocks: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Arra
     return jnp.moveaxis(flat.reshape(*rest, flat.shape[-1]), -1, axis)
 
 
-def nearest(x: jax.Array, book: jax.Array) -> jax.Array:
+def nearest(x: jax.Array, book: jax.Array, counts: jax.Array | None = None) -> jax.Array:
     """Which vector of a codebook `[k, d]` is nearest to each of `[n, d]`, a tie to the first.
+
+    `counts`, `[n, d]`, weighs the values; 0 for what only fills a block up.
 
     One vector of the codebook after the other, so that no table of distances exists.
 
@@ -218,11 +221,13 @@ def nearest(x: jax.Array, book: jax.Array) -> jax.Array:
       [0, 1]
     """
     columns = x.T
+    weights = None if counts is None else counts.T
 
     def step(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         score = jnp.zeros(columns.shape[1:], jnp.float32)
         for j in range(book.shape[1]):
-            score = score + jnp.square(columns[j] - book[i, j])
+            part = jnp.square(columns[j] - book[i, j])
+            score = score + (part if weights is None else weights[j] * part)
         return jnp.minimum(best[0], score), jnp.where(score < best[0], i, best[1])
 
     start = jnp.full(x.shape[0], jnp.inf), jnp.zeros(x.shape[0], jnp.int32)

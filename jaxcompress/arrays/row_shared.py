@@ -158,7 +158,9 @@ def _dot_general(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
         tuple(contract[i]) == (shared,)
         and tuple(batch[i]) == tuple(range(leaf.batch_ndim))
         and 0 < leaf.kinds < leaf.index.shape[-1]
+        # A sum of inputs may be more than float16 holds where the product is not.
         and jnp.issubdtype(x.dtype, jnp.floating)
+        and x.dtype != jnp.float16
         and params.get("out_sharding") is None
     )
     if not thin:

@@ -105,6 +105,10 @@ def layer_by_layer(
       ('first',) 76
       ('second',) 24
     """
+    if isinstance(rules, Mapping) or not all(isinstance(each, Mapping) for each in rules):
+        raise SpecError("rules are a list with a dict for each round: write [{...}, {...}]")
+    if folder is not None and any(is_compressed(x) for _, x in flatten(params)[0]):
+        raise SpecError("params hold compressed leaves already, which a folder does not keep")
     rules = [dict(each) for each in rules]
     plan = _plan(params, rules)
     params = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, params)

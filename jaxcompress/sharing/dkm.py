@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays.base import CompressedArray, is_compressed
+from jaxcompress.arrays.base import CompressedArray
 from jaxcompress.compress import finalize
 from jaxcompress.errors import SpecError
 from jaxcompress.sharing.kmeans import kmeans_1d
@@ -136,9 +136,13 @@ class _SoftPlan(Plan):
         return self.spec.leaf(leaf, *one(leaf), self.axis)
 
 
+def _is_soft(x: Any) -> bool:
+    return isinstance(x, SoftCodebookArray)
+
+
 def _on_soft(fn: Any, tree: Any) -> Any:
-    one = lambda x: fn(x) if isinstance(x, SoftCodebookArray) else x
-    return jax.tree.map(one, tree, is_leaf=is_compressed)
+    """A function of each soft codebook, also of those within other leaves."""
+    return jax.tree.map(lambda x: fn(x) if _is_soft(x) else x, tree, is_leaf=_is_soft)
 
 
 def refresh(tree: Any) -> Any:
@@ -168,7 +172,7 @@ def annealed(tree: Any, factor: Any) -> Any:
 
 
 def soft_to_hard_gap(tree: Any) -> dict[str, dict[str, float]]:
-    """How far the values of each soft codebook are from those that `finalize` stores.
+    """How far the values of each compressed leaf are from those that `finalize` stores.
 
     Returns:
       As `sharing_gap`, by path; 0 for leaves that are `hard`.
@@ -201,8 +205,8 @@ def soft_entropy(tree: Any) -> jax.Array:
       4.0
     """
     total = jnp.zeros((), jnp.float32)
-    for leaf in jax.tree.leaves(tree, is_leaf=is_compressed):
-        if isinstance(leaf, SoftCodebookArray) and leaf.size:
+    for leaf in jax.tree.leaves(tree, is_leaf=_is_soft):
+        if _is_soft(leaf) and leaf.size:
             q = leaf.histogram()
             some = q > 0
             bits = -jnp.sum(jnp.where(some, q * jnp.log2(jnp.where(some, q, 1)), 0), axis=-1)

@@ -128,7 +128,8 @@ def _refit(w: jax.Array, books: jax.Array, axis: int, iterations: int) -> jax.Ar
         found.append(better)
         wide = better.astype(jnp.float32)
         at = jax.lax.map(
-            lambda xs: kmeans(xs[0], k, init=xs[1], iterations=0).indices, (rest, wide)
+            lambda xs: kmeans(xs[0], k, weights=xs[1], init=xs[2], iterations=0).indices,
+            (rest, counts, wide),
         )
         rest = rest - jax.vmap(lambda table, i: table[i])(wide, at)
     return jnp.stack(found)

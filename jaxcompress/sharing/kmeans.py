@@ -13,6 +13,7 @@ from jax import lax
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
 from jaxcompress.sharing.seeds import SAMPLE, plus_plus
+from jaxcompress.specs import is_count
 
 INITS = ("linear", "density", "random", "k-means++")
 # Values per block of the prefix sums. Within a block a float32 sum is off by at most
@@ -106,7 +107,8 @@ def kmeans_1d(
       [0.75, 11.0]
     """
     values = jnp.asarray(values)
-    _check(values, init, weights, key)
+    weights = None if weights is None else jnp.asarray(weights)
+    _check(values, k, init, weights, key)
     if values.size == 0:
         return jnp.zeros(k, jnp.float32)
     given = None if isinstance(init, str) else jnp.asarray(init, jnp.float32)
@@ -126,7 +128,7 @@ def _fitted(
     else:
         start = jnp.sort(given * inverse)
     if zero:
-        start = _pinned(start, start)
+        start = jnp.sort(_pinned(start, start))
     step = _step(ordered, mass, zero)
 
     def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
@@ -136,7 +138,11 @@ def _fitted(
     return centroids * scale
 
 
-def _check(values: jax.Array, init: Any, weights: Any, key: Any) -> None:
+def _check(values: jax.Array, k: int, init: Any, weights: Any, key: Any) -> None:
+    if not is_count(k, 1):
+        raise SpecError(f"k={k!r}: write a whole number of at least 1")
+    if not isinstance(init, str) and jnp.shape(init) != (k,):
+        raise SpecError(f"centroids {jnp.shape(init)} to start from: write {(k,)}")
     if isinstance(init, str) and init not in INITS:
         raise SpecError(f"init={init!r}: write {', '.join(INITS)} or an array of centroids")
     if isinstance(init, str) and init in ("random", "k-means++") and key is None:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import compat
+from jaxcompress.arrays.base import is_compressed
 from jaxcompress.errors import SpecError
-from jaxcompress.specs import is_number
+from jaxcompress.specs import is_count, is_number
 
 # Weights for which a table of densities, one for each component, exists at a time.
 _BLOCK = 1 << 15
@@ -112,10 +113,14 @@ def init_mixture(
       >>> init_mixture({"w": jnp.linspace(-2.0, 2.0, 100)}, 5).means.tolist()
       [-2.0, -1.0, 0.0, 1.0, 2.0]
     """
-    if not isinstance(components, int) or components < 1:
+    if not is_count(components, 1):
         raise SpecError(f"components={components!r}: write a whole number of at least 1")
     check_pi_zero(pi_zero)
-    found = [x for x in jax.tree.leaves(weights) if x.size]
+    if scale is not None and not (is_number(scale, 0) and scale > 0):
+        raise SpecError(f"scale={scale!r}: write a number above 0")
+    found = [x for x in jax.tree.leaves(weights, is_leaf=is_compressed) if x.size]
+    if any(is_compressed(x) or not jnp.issubdtype(x.dtype, jnp.floating) for x in found):
+        raise SpecError("a mixture starts from dense floating weights; jc.decompress others first")
     if not found:
         raise SpecError("a mixture starts from weights, and there are none")
     low = jnp.min(jnp.stack([jnp.min(x).astype(jnp.float32) for x in found]))
@@ -251,7 +256,7 @@ def merge(mixture: Mixture, threshold: float) -> Mixture:
       threshold: the largest symmetric Kullback-Leibler divergence of a pair that is merged.
 
     Raises:
-      SpecError: for a threshold below 0.
+      SpecError: for a threshold below 0, and a mixture that is not finite.
 
     References:
       Ullrich, Meeds and Welling, *Soft Weight-Sharing for Neural Network Compression*, 2017
@@ -267,11 +272,13 @@ def merge(mixture: Mixture, threshold: float) -> Mixture:
         raise SpecError(f"threshold={threshold!r}: write a number of at least 0")
     means, squares = _moments(mixture)
     shares = np.asarray(mixture.shares(), np.float64)
+    if not all(np.all(np.isfinite(x)) for x in (means, squares, shares)):
+        raise SpecError(f"{mixture!r} is not finite: train with a smaller rate, or begin anew")
     while len(means) > 1:
         apart = _symmetric_kl(means, squares)
         apart[np.tril_indices(len(means))] = np.inf
         i, j = np.unravel_index(np.argmin(apart), apart.shape)
-        if apart[i, j] > threshold:
+        if not apart[i, j] <= threshold:
             break
         share = shares[i] + shares[j]
         a, b = (shares[i] / share, shares[j] / share) if share else (0.5, 0.5)

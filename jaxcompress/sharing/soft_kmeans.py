@@ -33,7 +33,8 @@ def attention(vectors: jax.Array, centroids: jax.Array, tau: jax.Array | float) 
     apart = jnp.sum((w[:, None, :] - c) ** 2, axis=-1)
     # The nearest one first, so that a small temperature divides no large number.
     apart = apart - lax.stop_gradient(jnp.min(apart, axis=-1, keepdims=True))
-    return jax.nn.softmax(-apart / tau, axis=-1)
+    # Annealed to nothing, the nearest one gets all.
+    return jax.nn.softmax(-apart / jnp.maximum(tau, jnp.finfo(jnp.float32).tiny), axis=-1)
 
 
 def soft_kmeans(

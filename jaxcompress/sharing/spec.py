@@ -33,6 +33,9 @@ class Codebook(WeighedSpec):
         al. found it best, for it keeps the large weights), `density` at quantiles, `random` at
         weights drawn with the key, `k-means++` at drawn weights that are far from each other.
       iterations: at most so many iterations; it stops earlier once nothing moves.
+      zero: whether one centroid is 0 and stays, so that a pruned zero does.
+      weighting: `"second_moment"`: each weight counts as the mean square of the input that it
+        meets, from `compress(..., stats=)`; None: all alike.
 
     Raises:
       SpecError: for another number of bits or an unknown init.

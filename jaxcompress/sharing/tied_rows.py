@@ -87,11 +87,14 @@ def cluster_rows(w: Any, similarity: float, *, linkage: str = "complete") -> np.
     if len(kept) < 2:
         labels[kept] = 0
         return labels
-    apart = np.maximum(1 - row_similarity(w[kept]), 0)
-    np.fill_diagonal(apart, 0)
-    tree = hierarchy.linkage(distance.squareform(apart, checks=False), linkage)
-    # Equal rows are 1 - eps alike.
-    found = hierarchy.fcluster(tree, 1 - similarity + 1e-9, "distance")
+    if similarity == 1:
+        found = np.unique(w[kept], axis=0, return_inverse=True)[1].reshape(-1)
+    else:
+        apart = np.maximum(1 - row_similarity(w[kept]), 0)
+        np.fill_diagonal(apart, 0)
+        tree = hierarchy.linkage(distance.squareform(apart, checks=False), linkage)
+        # Equal rows are 1 - eps alike.
+        found = hierarchy.fcluster(tree, 1 - similarity + 1e-9, "distance")
     _, first, inverse = np.unique(found, return_index=True, return_inverse=True)
     labels[kept] = np.argsort(np.argsort(first))[inverse]
     return labels

@@ -13,6 +13,7 @@ from jax import lax
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
 from jaxcompress.sharing.seeds import SAMPLE, plus_plus
+from jaxcompress.specs import is_count
 
 INITS = ("k-means++", "random")
 # A block's table of distances to 256 centroids takes 1 MB, and stays in a cache.
@@ -127,7 +128,10 @@ def _fitted(
     x: jax.Array, weights: Any, metric: Any, given: Any, key: Any, k: int, how: str, turns: int
 ) -> Clusters:
     d = x.shape[-1]
-    # Distances to the middle are as small as they can be: |c|^2 - 2 x c then loses least.
+    # Distances to the middle are as small as they can be: |c|^2 - 2 x c then loses least. Brought
+    # near 1 before, since the sum of the largest floats overflows, and after.
+    first, back = unit_scale(jnp.max(jnp.abs(x)))
+    x = x * back
     middle = jnp.mean(x, axis=tuple(range(x.ndim - 1)))
     scale, inverse = unit_scale(jnp.max(jnp.abs(x - middle)))
     moved = (x - middle) * inverse
@@ -135,7 +139,7 @@ def _fitted(
     if given is None:
         start = _start(moved.reshape(-1, d), weights, k, how, key)
     else:
-        start = (given - middle) * inverse
+        start = (given * back - middle) * inverse
 
     def unfinished(state: Any) -> jax.Array:
         return (state[0] < turns) & state[2]
@@ -149,11 +153,13 @@ def _fitted(
     indices, errors = lax.map(lambda block: _nearest(block, centroids, rows.metric), _each(rows))
     indices = _unblocked(indices, _parts(rows), x.shape[:-1])
     heaviest = 1.0 if weights is None else unit_scale(jnp.max(weights))[0]
-    inertia = jnp.sum(errors) * scale * scale * heaviest
-    return Clusters(centroids * scale + middle, indices, inertia)
+    inertia = jnp.sum(errors) * (scale * first) * (scale * first) * heaviest
+    return Clusters((centroids * scale + middle) * first, indices, inertia)
 
 
 def _check(x: Any, k: int, weights: Any, metric: Any, init: Any, key: Any) -> None:
+    if not is_count(k, 1):
+        raise SpecError(f"k={k!r}: write a whole number of at least 1")
     if x.ndim not in (2, 3):
         raise SpecError(f"vectors of shape {x.shape}: write [n, d], or [p, n, d] in parts")
     if weights is not None and weights.shape not in (x.shape, x.shape[:-1]):
