@@ -1,5 +1,7 @@
 """Soft codebooks: against numpy, finite differences, scikit-learn, and what they store."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,8 @@ def by_numpy(w, c, tau, iterations):
 
 @pytest.mark.parametrize("d", [1, 3])
 def test_iterations_values_and_histogram_are_those_of_numpy(d, monkeypatch):
-    monkeypatch.setattr("jaxcompress.sharing.soft_kmeans._BLOCK", 64)  # blocks, the last one short
+    blocks = sys.modules["jaxcompress.sharing.soft_kmeans"]  # the name is the function as well
+    monkeypatch.setattr(blocks, "_BLOCK", 64)  # blocks, the last one short
     w, c = RNG.normal(size=(150, d)).astype(np.float32), RNG.normal(size=(5, d)).astype(np.float32)
     exact = by_numpy(w, c, 0.3, 4)
     ours = soft_kmeans(w, c, 0.3, 4)
