@@ -285,7 +285,7 @@ def test_chain_save_and_load(tmp_path):
         ("ir,ro->i,o", [(2, 3), (4, 4)], "is both"),
         ("ir,ro->i,o", [(2, 3), (3,)], "one axis to a letter"),
         ("ir,ro->i,o", [(5, 2, 3), (4, 3, 4)], "same leading axes"),
-        ("ii,io->i,o", [(2, 2), (2, 4)], "each letter once"),
+        ("ii,io->i,o", [(2, 2), (2, 4)], "comes once"),
         ("ir,ro->i,p", [(2, 3), (3, 4)], "no factor has"),
     ],
 )
