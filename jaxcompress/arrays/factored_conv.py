@@ -124,7 +124,7 @@ def _network(leaf: FactoredArray, params: dict[str, Any]) -> _Network | None:
         group = free[0]
         sizes |= {group: groups, first: sizes[first] // groups}
         terms = tuple(t.replace(first, group + first) for t in terms)
-    whole = "".join((*terms, out, inputs, *space))
+    whole = "".join((*terms, out, inputs, *space, group))
     terms = tuple("".join(c for c in t if whole.count(c) > 1) for t in terms)
     return _Network(
         terms, tuple(sizes.items()), "".join(space), inputs, out, group,
