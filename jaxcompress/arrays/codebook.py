@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcompress import compat
 from jaxcompress.arrays.base import is_compressed, materialize, register_array
-from jaxcompress.arrays.grid import GridArray
+from jaxcompress.arrays.grid import TableArray
 
 
 @register_array(
@@ -20,7 +20,7 @@ from jaxcompress.arrays.grid import GridArray
     trainable=("centroids",),
     inner=("centroids",),
 )
-class CodebookArray(GridArray):
+class CodebookArray(TableArray):
     """`w = centroids[indices]`: every weight is one of k shared values.
 
     Stacked weights have a codebook each: the leading axes of `centroids` are those of `indices`.
@@ -75,19 +75,6 @@ class CodebookArray(GridArray):
     def table(self) -> jax.Array:
         """The dense centroids that the indices are of."""
         return materialize(self.centroids)
-
-    def cuts(self, axes: Any) -> bool:
-        # The leading axes choose the codebook, and rows of it must stay together with it.
-        return super().cuts(axes) and all(a >= self.batch_ndim for a in axes)
-
-    def transposed(self, permutation: Any) -> Any:
-        batch = self.batch_ndim
-        if tuple(permutation[:batch]) != tuple(range(batch)):
-            return NotImplemented
-        return super().transposed(permutation)
-
-    def reindexed(self, sources: Any) -> Any:
-        return NotImplemented if self.batch_ndim else super().reindexed(sources)
 
     def describe(self) -> str:
         inner = f" of {self.centroids.describe()}" if is_compressed(self.centroids) else ""

@@ -95,6 +95,25 @@ class GridArray(CompressedArray):
         return self._whole_axis not in axes and inner
 
 
+class TableArray(GridArray):
+    """A grid of indices into tables, one or more for each weight of a stack.
+
+    The leading axes choose the table, and rows of indices must stay together with it.
+    """
+
+    def cuts(self, axes: Any) -> bool:
+        return super().cuts(axes) and all(a >= self.batch_ndim for a in axes)
+
+    def transposed(self, permutation: Any) -> Any:
+        batch = self.batch_ndim
+        if tuple(permutation[:batch]) != tuple(range(batch)):
+            return NotImplemented
+        return super().transposed(permutation)
+
+    def reindexed(self, sources: Any) -> Any:
+        return NotImplemented if self.batch_ndim else super().reindexed(sources)
+
+
 @register_rule(GridArray, "transpose")
 def _transpose(i: int, operands: list[Any], params: dict[str, Any]) -> Any:
     return operands[i].transposed(params["permutation"])

@@ -18,7 +18,7 @@ from jaxcompress.arrays.base import (
     narrows,
     register_array,
 )
-from jaxcompress.arrays.grid import GridArray
+from jaxcompress.arrays.grid import TableArray
 from jaxcompress.arrays.packed import PackedArray, block_for
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import rounded
@@ -31,7 +31,7 @@ from jaxcompress.numerics import rounded
     trainable=("codebooks",),
     inner=("codebooks",),
 )
-class ProductArray(GridArray):
+class ProductArray(TableArray):
     """`w[b d : (b + 1) d] = sum_s codebooks[s, c(b), indices[s, b]]` along one axis.
 
     The axis is cut into g blocks of d values, and each block is one of k shared vectors, or the sum
@@ -147,19 +147,6 @@ class ProductArray(GridArray):
 
     def astype(self, dtype: Any) -> CompressedArray | None:
         return self.replace(float_dtype=np.dtype(dtype)) if narrows(self.dtype, dtype) else None
-
-    def cuts(self, axes: Any) -> bool:
-        # The leading axes choose the codebooks, which must stay together with what they serve.
-        return super().cuts(axes) and all(a >= self.batch_ndim for a in axes)
-
-    def transposed(self, permutation: Any) -> Any:
-        batch = self.batch_ndim
-        if tuple(permutation[:batch]) != tuple(range(batch)):
-            return NotImplemented
-        return super().transposed(permutation)
-
-    def reindexed(self, sources: Any) -> Any:
-        return NotImplemented if self.batch_ndim else super().reindexed(sources)
 
     def describe(self) -> str:
         books, k, d = self.codebooks.shape[-3:]

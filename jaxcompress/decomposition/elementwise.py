@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcompress.decomposition.weighted import fisher_svd, matmul
+from jaxcompress.decomposition.modes import matmul
+from jaxcompress.decomposition.weighted import fisher_svd
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
 from jaxcompress.specs import is_count

@@ -92,6 +92,14 @@ class Network(NamedTuple):
 class FactoredSpec(Spec):
     """A decomposition to a `FactoredArray`; a subclass defines `network` and `factors`."""
 
+    def __post_init__(self) -> None:
+        """Turns lists into tuples, which a hash takes."""
+        super().__post_init__()
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+
     def network(self, weight: Weight, leaf: Any) -> Network:
         """Settles everything static. `leaf` is the whole stack, for what reads values."""
         raise NotImplementedError

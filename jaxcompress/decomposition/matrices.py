@@ -80,7 +80,7 @@ class Separable(FactoredSpec):
         return truncated_svd(x, network.ranks[0])
 
 
-def _matrix(weight: Weight, spec: Any, ins: tuple[int, ...], outs: tuple[int, ...]) -> str:
+def _check_parts(weight: Weight, spec: Any, ins: tuple[int, ...], outs: tuple[int, ...]) -> None:
     """Refuses parts that do not make up the one input and the one output axis."""
     single = len(weight.inputs) == len(weight.outputs) == 1
     if not single or (math.prod(ins), math.prod(outs)) != _sides(weight):
@@ -89,7 +89,6 @@ def _matrix(weight: Weight, spec: Any, ins: tuple[int, ...], outs: tuple[int, ..
             f"{math.prod(outs)} outputs, and shape {weight.shape} has the input axes "
             f"{weight.inputs} and the output axes {weight.outputs}"
         )
-    return "ai,bj"
 
 
 def _sides(weight: Weight) -> tuple[int, int]:
@@ -130,8 +129,6 @@ class Kronecker(FactoredSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.block, list):
-            object.__setattr__(self, "block", tuple(self.block))
         if not is_count(self.terms, 1):
             raise SpecError(f"Kronecker({self.terms!r}): write a whole number of at least 1")
         if self.block is not None and not (
@@ -144,7 +141,7 @@ class Kronecker(FactoredSpec):
         rows, columns = _sides(weight)
         b, j = self.block or (even_split(rows, 2)[0], even_split(columns, 2)[0])
         a, i = max(1, rows // b), max(1, columns // j)
-        _matrix(weight, self, (a, b), (i, j))
+        _check_parts(weight, self, (a, b), (i, j))
         most = min(a * i, b * j)
         terms = min(self.terms, most)
         swapped = weight.inputs > weight.outputs
@@ -198,7 +195,7 @@ class Monarch(FactoredSpec):
         rows, columns = _sides(weight)
         n = self.blocks
         i, d = max(1, rows // n), max(1, columns // n)
-        _matrix(weight, self, (n, i), (n, d))
+        _check_parts(weight, self, (n, i), (n, d))
         swapped = weight.inputs > weight.outputs
         view = View(weight.shape, (1, 0) if swapped else (0, 1), (rows, columns))
         axes = "cd,ki" if swapped else "ki,cd"

@@ -104,9 +104,24 @@ def _codes(quantize: Any, group_size: Any, name: str) -> Spec:
     return quantize
 
 
+class _PlusCodes(LowRankPlus):
+    """Specs whose rest is quantized."""
+
+    quantize: str | Spec
+    group_size: int | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check()
+        self.of_rest()
+
+    def of_rest(self) -> Spec:
+        return _codes(self.quantize, self.group_size, type(self).__name__)
+
+
 @register_spec("low_rank_plus_quantized")
 @dataclasses.dataclass(frozen=True, repr=False)
-class LowRankPlusQuantized(LowRankPlus):
+class LowRankPlusQuantized(_PlusCodes):
     """A low-rank part of high precision takes what is large; the rest is quantized: SVDQuant.
 
     `w ~ Q(w - L) + L'`, with L the truncated SVD of w and L' that of what the codes leave, which is
@@ -146,18 +161,10 @@ class LowRankPlusQuantized(LowRankPlus):
     group_size: int | None = None
     iterations: int = 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check()
-        self.of_rest()
-
-    def of_rest(self) -> Spec:
-        return _codes(self.quantize, self.group_size, type(self).__name__)
-
 
 @register_spec("loftq")
 @dataclasses.dataclass(frozen=True, repr=False)
-class LoftQ(LowRankPlus):
+class LoftQ(_PlusCodes):
     """QLoRA whose adapter starts from what the codes lost, rather than from zero.
 
     `Q_t = Q(w - L_{t-1})` and `L_t = svd_r(w - Q_t)`, from L_0 = 0. The best of all iterations is
@@ -191,14 +198,6 @@ class LoftQ(LowRankPlus):
     iterations: int = 5
 
     low_rank_first = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check()
-        self.of_rest()
-
-    def of_rest(self) -> Spec:
-        return _codes(self.quantize, self.group_size, type(self).__name__)
 
 
 @register_spec("low_rank_plus_sparse")

@@ -12,7 +12,8 @@ from jax import lax
 
 from jaxcompress.arrays.base import is_compressed
 from jaxcompress.arrays.low_rank import LowRankArray
-from jaxcompress.decomposition.weighted import factors, matmul
+from jaxcompress.decomposition.modes import matmul
+from jaxcompress.decomposition.weighted import factors
 from jaxcompress.errors import SpecError
 from jaxcompress.gradients.batches import hashable
 from jaxcompress.interpret import compressed

@@ -6,19 +6,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxcompress.decomposition.modes import check_array, check_rank
+from jaxcompress.decomposition.modes import check_array, check_rank, matmul
 from jaxcompress.decomposition.subspace import leading, width_of
 from jaxcompress.errors import SpecError
 from jaxcompress.numerics import unit_scale
 
 # From this many columns on, a filtered subspace of few is less work than `eigh` of all.
 _LARGE = 512
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def squared_singular_values(w: jax.Array) -> jax.Array:
@@ -34,7 +29,7 @@ def squared_singular_values(w: jax.Array) -> jax.Array:
     """
     w = w.astype(jnp.float32)
     w = w if w.shape[-1] <= w.shape[-2] else jnp.swapaxes(w, -1, -2)
-    gram = _matmul(jnp.swapaxes(w, -1, -2), w)
+    gram = matmul(jnp.swapaxes(w, -1, -2), w)
     return jnp.maximum(jnp.linalg.eigvalsh(gram)[..., ::-1], 0.0)
 
 
@@ -83,8 +78,8 @@ def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     scale, inverse = unit_scale(jnp.max(jnp.abs(a), axis=(-1, -2), keepdims=True))
     a = a * inverse
     v = _leading(a, rank)
-    q, _ = jnp.linalg.qr(_matmul(a, v))  # [..., long, rank]
-    b = _matmul(jnp.swapaxes(q, -1, -2), a)  # [..., rank, short]
+    q, _ = jnp.linalg.qr(matmul(a, v))  # [..., long, rank]
+    b = matmul(jnp.swapaxes(q, -1, -2), a)  # [..., rank, short]
     left, right = balanced(q, b)
     left, right = left * jnp.sqrt(scale), right * jnp.sqrt(scale)
     if wide:
@@ -106,12 +101,12 @@ def balanced(q: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
       ([[2.0], [0.0]], [[0.0, 2.0]])
     """
     # The rows of b carry the singular values, up to a rotation.
-    values, rotation = jnp.linalg.eigh(_matmul(b, jnp.swapaxes(b, -1, -2)))
+    values, rotation = jnp.linalg.eigh(matmul(b, jnp.swapaxes(b, -1, -2)))
     rotation, values = rotation[..., ::-1], jnp.maximum(values[..., ::-1], 0.0)
     floor = jnp.finfo(jnp.float32).eps * values[..., :1] + jnp.finfo(jnp.float32).tiny
     root = jnp.maximum(values, floor)[..., None, :] ** 0.25
-    right = _matmul(jnp.swapaxes(rotation, -1, -2), b) / jnp.swapaxes(root, -1, -2)
-    return _matmul(q, rotation) * root, right
+    right = matmul(jnp.swapaxes(rotation, -1, -2), b) / jnp.swapaxes(root, -1, -2)
+    return matmul(q, rotation) * root, right
 
 
 def _leading(a: jax.Array, rank: int) -> jax.Array:
@@ -119,5 +114,5 @@ def _leading(a: jax.Array, rank: int) -> jax.Array:
     if a.shape[-1] >= _LARGE and 2 * width_of(rank) <= a.shape[-1]:
         one = functools.partial(leading, rank=rank, tolerance=4e-6, key=jax.random.key(0))
         return jnp.vectorize(one, signature="(m,n)->(n,r)")(a)
-    _, v = jnp.linalg.eigh(_matmul(jnp.swapaxes(a, -1, -2), a))
+    _, v = jnp.linalg.eigh(matmul(jnp.swapaxes(a, -1, -2), a))
     return v[..., ::-1][..., :rank]

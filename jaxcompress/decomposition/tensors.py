@@ -82,9 +82,6 @@ class Tucker(FactoredSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("ranks", "axes"):  # lists come from YAML
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         ranks = self.ranks if isinstance(self.ranks, tuple) else (self.ranks,)
         for rank in () if self.ranks == "vbmf" else ranks:
             check_rank_or_share(rank, "Tucker")
@@ -240,8 +237,6 @@ class _Chain(FactoredSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
-        if isinstance(self.ranks, list):
-            object.__setattr__(self, "ranks", tuple(self.ranks))
         if (self.ranks is None) == (self.error is None):
             raise SpecError(f"{name}: write one of ranks and error: {name}(16), {name}(error=0.1)")
         ranks = self.ranks if isinstance(self.ranks, tuple) else (self.ranks or 1,)
@@ -408,8 +403,6 @@ class BlockTerm(FactoredSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.ranks, list):
-            object.__setattr__(self, "ranks", tuple(self.ranks))
         for rank in self.ranks if isinstance(self.ranks, tuple) else (self.ranks,):
             check_rank_or_share(rank, "BlockTerm")
         if not (is_count(self.terms, 1) and is_count(self.iterations, 0)):

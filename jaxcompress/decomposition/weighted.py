@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from jaxcompress.decomposition.modes import matmul
 from jaxcompress.decomposition.svd import balanced, squared_singular_values, truncated_svd
 from jaxcompress.errors import SpecError
 from jaxcompress.layerwise.hessian import check_damping, check_finite
@@ -225,17 +225,6 @@ def _damped(metric: jax.Array, ndim: int, damping: Any) -> jax.Array:
 
 def _diagonal(metric: jax.Array, ndim: int) -> jax.Array:
     return jnp.diagonal(metric, axis1=-2, axis2=-1) if metric.ndim == ndim else metric
-
-
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product in full precision.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> matmul(jnp.ones((1, 2)), jnp.ones((2, 1))).tolist()
-      [[2.0]]
-    """
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _check(w: Any, metric: Any, rank: Any, damping: Any, name: str) -> None:
