@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxcompress.errors import CompressError
+from jaxcompress.distillation.arguments import log_p, pair, positive
 
 
 def soft_targets(
@@ -49,26 +48,9 @@ def soft_targets(
       >>> bool(soft_targets(jnp.zeros((1, 3)), teacher, temperature=4.0)[0] > 1.0)
       True
     """
-    if student.shape != teacher.shape:
-        raise CompressError(
-            f"student logits {student.shape} and teacher logits {teacher.shape} differ in shape"
-        )
-    if student.ndim == 0:
-        raise CompressError("logits need an axis of classes; these are scalars")
-    if np.ndim(temperature):
-        raise CompressError(
-            f"temperature has the shape {np.shape(temperature)}: write one number, or divide the "
-            "logits"
-        )
-    if not isinstance(temperature, jax.core.Tracer) and not 0 < float(temperature) < np.inf:
-        raise CompressError(f"temperature={temperature}: write a positive number, such as 2.0")
-    temperature = jnp.asarray(temperature, jnp.float32)
-
-    def log_p(logits: jax.Array) -> jax.Array:
-        scaled = logits.astype(jnp.float32) / temperature
-        return jax.nn.log_softmax(scaled, axis=axis, where=where)
-
-    log_teacher, log_student = log_p(jax.lax.stop_gradient(teacher)), log_p(student)
+    student, teacher = pair(student, teacher, "logits")
+    temperature = positive("temperature", temperature, 2.0)
+    log_teacher, log_student = (log_p(x, temperature, axis, where) for x in (teacher, student))
     p = jnp.exp(log_teacher)
     # p (e**d - 1 - d) with d = log q - log p sums to the divergence, for both p and q sum to 1; no
     # term is negative, so that none cancels another. Where p is 0, the limit is q.

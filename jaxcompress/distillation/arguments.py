@@ -1,0 +1,74 @@
+"""What losses ask of their arguments, and in which precision they compute."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.errors import CompressError
+
+
+def pair(student: jax.Array, teacher: jax.Array, what: str) -> tuple[jax.Array, jax.Array]:
+    """Both in float32, of one shape, and the teacher's without a gradient.
+
+    Args:
+      student: what the student gives, `what` in words ("logits", "features").
+      teacher: the teacher's, of the same shape.
+      what: their name, for the message.
+
+    Raises:
+      CompressError: for shapes that differ, or scalars.
+    """
+    if student.shape != teacher.shape:
+        raise CompressError(
+            f"student {what} {student.shape} and teacher {what} {teacher.shape} differ in shape"
+        )
+    if student.ndim == 0:
+        raise CompressError(f"{what} need an axis of their own; these are scalars")
+    return student.astype(jnp.float32), fixed(teacher)
+
+
+def fixed(teacher: jax.Array) -> jax.Array:
+    """What a teacher gives, in float32 and without a gradient."""
+    return jax.lax.stop_gradient(teacher).astype(jnp.float32)
+
+
+def positive(name: str, value: float | jax.Array, example: float) -> jax.Array:
+    """One positive number in float32; a traced one is taken as it is.
+
+    Raises:
+      CompressError: for an array of several, or a number that is not positive and finite.
+    """
+    if np.ndim(value):
+        raise CompressError(f"{name} has the shape {np.shape(value)}: write one number")
+    if not isinstance(value, jax.core.Tracer) and not 0 < float(value) < np.inf:
+        raise CompressError(f"{name}={value}: write a positive number, such as {example}")
+    return jnp.asarray(value, jnp.float32)
+
+
+def log_p(
+    logits: jax.Array, temperature: jax.Array, axis: int = -1, where: jax.Array | None = None
+) -> jax.Array:
+    """The logarithm of `softmax(logits / temperature)`, minus infinity where no class counts."""
+    scaled = logits.astype(jnp.float32) / temperature
+    return jax.nn.log_softmax(scaled, axis=axis, where=where)
+
+
+def mean_of(values: jax.Array, batch_ndim: int, where: jax.Array | None = None) -> jax.Array:
+    """The mean over all but the leading `batch_ndim` axes, of what counts.
+
+    Args:
+      values: `[batch..., ...]`.
+      batch_ndim: leading axes that stay.
+      where: broadcastable to the values; None: all count. An example of which nothing counts gives
+        zero.
+    """
+    axes = tuple(range(batch_ndim, values.ndim))
+    if where is None:
+        return jnp.mean(values, axis=axes)
+    where = jnp.broadcast_to(where, values.shape).astype(bool)
+    count = jnp.sum(where, axis=axes)
+    # What does not count is taken out before the sum, so that its infinities reach no gradient.
+    total = jnp.sum(jnp.where(where, values, 0.0), axis=axes)
+    return total / jnp.maximum(count, 1)
