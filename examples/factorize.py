@@ -1,17 +1,18 @@
 """Factors the convolutions of a trained ResNet-8, and trains the factors.
 
     python examples/factorize.py
-    python examples/factorize.py --epochs 6 --tuned 3 --share 0.4
+    python examples/factorize.py --form separable --widths 32 64 128 --epochs 6 --tuned 3
 
 A ResNet-8 is trained on Fashion-MNIST. Each 3x3 kernel is written as a Tucker-2 decomposition: a
-convolution of a pixel to fewer channels, one of 3x3 on those, and one of a pixel back. Under
-`jc.compressed` the model runs the three, though its code knows of one; the factors are ordinary
-arrays to the optimizer, and the loop that trained the model trains them. What is reported is what
-the compiler counts, and what is loaded from the file.
+convolution of a pixel to fewer channels, one of 3x3 on those, and one of a pixel back; or as one of
+3x1 and one of 1x3. Under `jc.compressed` the model runs these, though its code knows of one; the
+factors are ordinary arrays to the optimizer, and the loop that trained the model trains them. What
+is reported is what the compiler counts, and what is loaded from the file.
 
 References:
-  Kim et al., *Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
-  Applications*, 2016.
+  Jaderberg, Vedaldi and Zisserman, *Speeding up Convolutional Neural Networks with Low Rank
+  Expansions*, 2014; Kim et al., *Compression of Deep Convolutional Neural Networks for Fast and
+  Low Power Mobile Applications*, 2016.
 """
 
 from __future__ import annotations
@@ -34,19 +35,24 @@ from rich.table import Table
 import jaxcompress as jc
 
 BATCH, SHARE = 100, 0.5
-MODEL = ResNet8()
+FORMS = {"tucker": jc.Tucker, "separable": jc.Separable}
 
 
-def rules(share: float) -> dict[str, Any]:
-    """Tucker-2 for each 3x3 kernel but the first, with a share of the channels as ranks."""
-    return {"params/block*_conv*/kernel": jc.Tucker(share)}
+def rules(model: ResNet8, form: str, share: float) -> dict[str, Any]:
+    """For each 3x3 kernel but the first, a share of the channels as ranks."""
+    return {
+        f"params/block{n}_conv*/kernel": FORMS[form](round(share * width))
+        for n, width in enumerate(model.widths)
+    }
 
 
-def train(variables: Any, data: Digits, epochs: int, rate: float, seed: int = 0) -> Any:
+def train(
+    model: ResNet8, variables: Any, data: Digits, epochs: int, rate: float, seed: int = 0
+) -> Any:
     """Trains dense or factored variables with Adam and a cosine schedule."""
     steps = len(data.train_labels) // BATCH
     tx = optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, steps // 4, epochs * steps))
-    apply = jc.compressed(functools.partial(MODEL.apply, train=True, mutable=["batch_stats"]))
+    apply = jc.compressed(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
     trained, fixed = jc.partition(variables["params"])
 
     def loss(trained: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:
@@ -72,47 +78,58 @@ def train(variables: Any, data: Digits, epochs: int, rate: float, seed: int = 0)
     return {"params": jc.combine(trained, fixed), "batch_stats": stats}
 
 
-forward = jax.jit(jc.compressed(MODEL.apply))
+@functools.cache
+def forward(model: ResNet8) -> Any:
+    """The jitted forward pass, of dense and factored variables."""
+    return jax.jit(jc.compressed(model.apply))
 
 
-def accuracy(variables: Any, data: Digits) -> float:
+def accuracy(model: ResNet8, variables: Any, data: Digits) -> float:
     """The share of the test images that are told apart correctly, in percent."""
     parts = np.split(data.test_images, 10)
-    found = [np.argmax(forward(variables, images), axis=-1) for images in parts]
+    found = [np.argmax(forward(model)(variables, images), axis=-1) for images in parts]
     return 100 * float(np.mean(np.concatenate(found) == data.test_labels))
 
 
-def flops(variables: Any) -> float:
+def flops(model: ResNet8, variables: Any) -> float:
     """What the compiler counts for one image."""
-    compiled = forward.lower(variables, jnp.zeros((1, 784))).compile()
+    compiled = forward(model).lower(variables, jnp.zeros((1, 784))).compile()
     return float(compiled.cost_analysis()["flops"])
 
 
-def stage(name: str, variables: Any, data: Digits, folder: Path) -> dict[str, Any]:
+def stage(name: str, model: ResNet8, variables: Any, data: Digits, folder: Path) -> dict[str, Any]:
     """Saves a model, loads it again, and measures what came back."""
     file = folder / f"{name.replace(' ', '-')}.safetensors"
     jc.save(file, variables)
     back = jc.load(file)
     return {
         "model": name,
-        "accuracy": accuracy(back, data),
-        "flops": flops(back),
+        "accuracy": accuracy(model, back, data),
+        "flops": flops(model, back),
         "file_bytes": file.stat().st_size,
     }
 
 
 def compare(
-    data: Digits, folder: Path, *, epochs: int, tuned: int, share: float, seed: int = 0
+    model: ResNet8,
+    data: Digits,
+    folder: Path,
+    *,
+    epochs: int,
+    tuned: int,
+    form: str = "tucker",
+    share: float = SHARE,
+    seed: int = 0,
 ) -> tuple[list[dict[str, Any]], Any, Any]:
     """A row for each model, the dense one, and the one of trained factors."""
     folder.mkdir(parents=True, exist_ok=True)
-    variables = MODEL.init(jax.random.key(seed), jnp.zeros((1, 784)))
-    dense = train(variables, data, epochs, 4e-3, seed)
-    rows = [stage("dense", dense, data, folder)]
-    small = jc.compress(dense, rules(share))
-    rows.append(stage("factored", small, data, folder))
-    small = train(small, data, tuned, 2e-3, seed)
-    rows.append(stage("factored and trained", small, data, folder))
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, 784)))
+    dense = train(model, variables, data, epochs, 4e-3, seed)
+    rows = [stage("dense", model, dense, data, folder)]
+    small = jc.compress(dense, rules(model, form, share))
+    rows.append(stage("factored", model, small, data, folder))
+    small = train(model, small, data, tuned, 2e-3, seed)
+    rows.append(stage("factored and trained", model, small, data, folder))
     return rows, dense, small
 
 
@@ -137,6 +154,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="IDX files, as those of MNIST")
     parser.add_argument("--epochs", type=int, default=4, help="of the dense model")
     parser.add_argument("--tuned", type=int, default=2, help="epochs of the factors")
+    parser.add_argument("--form", choices=FORMS, default="tucker")
+    parser.add_argument("--widths", type=int, nargs=3, default=ResNet8.widths, help="channels")
     parser.add_argument("--share", type=float, default=SHARE, help="of the channels, as ranks")
     parser.add_argument("--out", type=Path, default=Path("out/factorize"))
     args = parser.parse_args()
@@ -144,7 +163,8 @@ def main() -> None:
         data = load(args.data or fetch("fashion-mnist"))
     except AssetError as error:
         raise SystemExit(str(error)) from None
-    rows, *_ = compare(data, args.out, epochs=args.epochs, tuned=args.tuned, share=args.share)
+    given = {name: getattr(args, name) for name in ("epochs", "tuned", "form", "share")}
+    rows, *_ = compare(ResNet8(tuple(args.widths)), data, args.out, **given)
     show(rows, Console())
 
 

@@ -39,11 +39,14 @@ import jaxcompress as jc
 FORMAT = jc.FakeQuantize("int4", group_size=64, convention="full", estimator="mse", range="static")
 RULES = {"encoder/**/kernel": FORMAT, "embeddings/word/embedding": FORMAT}
 LENGTH, BATCH = 64, 16
+TEACHER = MiniLM()
 
 
-def features(params: Any, tokens: jax.Array, mask: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+def features(
+    params: Any, tokens: jax.Array, mask: jax.Array, model: MiniLM = TEACHER
+) -> tuple[list[jax.Array], jax.Array]:
     """The output of each block, and the sentence vectors."""
-    vectors, seen = MiniLM().apply(
+    vectors, seen = model.apply(
         {"params": params},
         tokens,
         mask,

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jaxcompress.arrays.base import is_compressed
 from jaxcompress.arrays.bits import period
 from jaxcompress.arrays.layout import Fields, Layout, Mask
 from jaxcompress.checkpoint.encoder import Encoder
 from jaxcompress.checkpoint.entropy import categorical
 from jaxcompress.checkpoint.streams import encode_array, unpack_fields
 from jaxcompress.errors import CompressError
+from jaxcompress.rules import flatten
 from jaxcompress.tables import Tabular, size_text
 
 if TYPE_CHECKING:  # rich is imported when a table is drawn, not with the package
@@ -68,6 +70,8 @@ def encode_symbols(symbols: Any, alphabet: int, coder: str) -> Stream:
       (11, [1, 2, 2])
     """
     symbols = np.asarray(symbols).reshape(-1)
+    if not symbols.size:
+        symbols = symbols.astype(np.int32)  # an empty list is one of floats to numpy
     if coder not in CODERS:
         raise CompressError(f"coder={coder!r}: write one of {', '.join(CODERS)}")
     if symbols.size and not 0 <= symbols.min() <= symbols.max() < alphabet:
@@ -247,20 +251,22 @@ def coded_sizes(tree: Any) -> CodedSizes:
       >>> row["entropy"] <= row["ans"] < row["huffman"] < row["stored"]
       True
     """
-    sink = _Sink([])
+    dense = {path for path, leaf in flatten(tree)[0] if not is_compressed(leaf)}
+    sink = _Sink([], dense)
     Encoder(sink).encode(tree)
     return CodedSizes(sink.rows)
 
 
 @dataclasses.dataclass
 class _Sink:
-    """Takes the arrays of a tree as a file does."""
+    """Takes the arrays of a tree as a file does; those of `dense` paths are no codes."""
 
     rows: list[dict[str, Any]]
+    dense: set[str]
 
     def put(self, name: str, array: Any, layout: Layout | None, held: bool) -> dict[str, Any]:
         host = np.asarray(array)
-        if host.dtype.kind in "iu" and "." in name:
+        if host.dtype.kind in "iu" and name.rstrip("'") not in self.dense:
             self.rows.append(_row(name, host, layout))
         return {}
 

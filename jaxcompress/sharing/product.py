@@ -76,6 +76,8 @@ class BlockSpec(WeighedSpec):
         side = context.axes.input if self.axis == "input" else context.axes.output
         if leaf.ndim == 0 or not side:
             raise SpecError(f"{context.path}: there is no {self.axis} axis to cut into blocks")
+        if not leaf.size:
+            raise SpecError(f"{context.path}: shape {tuple(leaf.shape)} holds no values to share")
         other = context.axes.output if self.axis == "input" else context.axes.input
         how = folding(leaf, KernelAxes(tuple(side), tuple(other)))
         n = how.inputs[-1]

@@ -102,6 +102,18 @@ def test_a_dense_layer_without_a_bias():
     np.testing.assert_allclose(error, found.errors[-1], rtol=1e-3)
 
 
+def test_groups_are_refused():
+    def run(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, params["w"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2
+        )
+
+    params, x = {"w": responses(10, 54, 8).reshape(3, 3, 6, 8)}, responses(11, 300, 12)
+    with pytest.raises(SpecError, match="layers of groups"):
+        reduce_responses(run, params, "w", [x.reshape(3, 10, 10, 12)], 3)
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [

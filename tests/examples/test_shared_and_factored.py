@@ -30,8 +30,11 @@ def digits():
 
 
 @pytest.mark.slow
-def test_factors_are_trained_and_stored(digits, tmp_path):
-    rows, _, small = factorize.compare(digits, tmp_path, epochs=8, tuned=4, share=0.5)
+@pytest.mark.parametrize("form", ["tucker", "separable"])
+def test_factors_are_trained_and_stored(form, digits, tmp_path):
+    rows, _, small = factorize.compare(
+        factorize.ResNet8(), digits, tmp_path, epochs=8, tuned=4, form=form
+    )
     before, factored, after = rows
     assert after["flops"] == factored["flops"] < before["flops"] / 2
     assert after["file_bytes"] < before["file_bytes"]
