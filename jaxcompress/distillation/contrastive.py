@@ -107,6 +107,7 @@ def crd_negatives(
                 f"labels have the shape {jnp.shape(labels)}: write one for each of {examples} "
                 "examples"
             )
+        labels = jnp.asarray(labels)
         order = jnp.argsort(labels)
         ends = [
             jnp.searchsorted(labels[order], labels[indices], side=side)
@@ -178,12 +179,13 @@ def crd(
     if not 0 <= momentum < 1:
         raise CompressError(f"momentum={momentum}: write a share from 0 to below 1, such as 0.5")
     student, teacher, where = flat_examples(student, teacher, where)
+    bank = jax.tree.map(jnp.asarray, bank)
     rows = _rows(bank, indices, negatives, where.size)
     ours, theirs = (
         unit(regressor(params[name], x).astype(jnp.float32))
         for name, x in (("student", student), ("teacher", teacher))
     )
-    new: dict[str, Any] = {"started": jnp.ones((), bool)}
+    new: dict[str, Any] = {"started": bank["started"] | jnp.any(where)}
     losses, log_z = jnp.zeros(where.size), []
     for side, (anchor, other) in enumerate(((ours, "teacher"), (theirs, "student"))):
         scores = _scores(anchor, jax.lax.stop_gradient(bank[other]), rows) / temperature

@@ -102,8 +102,8 @@ def examples(
             "for each example"
         )
     where = jnp.asarray(where).astype(bool)
-    both = (flat(x) for x in (student.astype(jnp.float32), fixed(teacher)))
-    return (*(jnp.where(where[:, None], x, 0.0) for x in both), where)
+    ours, theirs = flat(student.astype(jnp.float32)), flat(fixed(teacher))
+    return masked(ours, where[:, None]), masked(theirs, where[:, None]), where
 
 
 def flat(x: jax.Array) -> jax.Array:

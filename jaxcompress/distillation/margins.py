@@ -52,7 +52,7 @@ def normal_margin(mean: jax.Array, scale: jax.Array) -> jax.Array:
     log_density = -0.5 * jnp.square(low) - 0.5 * np.log(2 * np.pi)
     hazard = jnp.exp(log_density - jax.scipy.special.log_ndtr(-low))
     margin = scale * jnp.where(a > 2, -1 / tail, low - hazard)
-    # Far below zero `low` is exact only through the mean itself.
+    # Where nothing is positive; the ratio may have overflowed.
     margin = jnp.where(a < -10, mean, margin)
     return jnp.where(some, margin, jnp.minimum(mean, 0.0))
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxcompress.distillation.arguments import positive
-from jaxcompress.distillation.geometry import bounded, unit
+from jaxcompress.distillation.geometry import bounded, product
 from jaxcompress.distillation.maps import examples
-from jaxcompress.distillation.similarity import gram
 
-# Examples that are set against all others at once.
+# Vertices whose angles are computed at once.
 _CHUNK = 16
+# Examples nearer than 2**-30 of the largest feature count as equal: slopes go with the inverse of
+# their distance, and those of angles with its cube on the way.
+_LEAST = 2.0**-60
 
 
 def rkd_distance(
@@ -59,7 +58,7 @@ def rkd_distance(
     delta = positive("delta", delta, 1.0)
     student, teacher, where = examples(student, teacher, where)
     others = where & where[:, None] & ~jnp.eye(where.size, dtype=bool)
-    ours, theirs = (_relative_distances(x, others) for x in (student, teacher))
+    ours, theirs = (_relative_distances(x, where, others) for x in (student, teacher))
     terms = optax.losses.huber_loss(ours, theirs, delta=delta)
     total = jnp.sum(jnp.where(others, terms, 0.0), axis=-1)
     return total / jnp.maximum(jnp.sum(others, axis=-1), 1)
@@ -81,8 +80,8 @@ def rkd_angle(
     features change nothing.
 
     Args:
-      student: features, `[batch, ...]`; the time grows with their number times the cube of the
-        batch, so pool large maps first.
+      student: features, `[batch, ...]`; the time grows with the cube of the batch, and with their
+        number times its square, so pool large maps first.
       teacher: features, `[batch, ...]`; the other axes may be others. No gradient passes to them.
       delta: where the Huber loss turns from squared to linear, positive; may be traced.
       where: `[batch]`, which examples count; None: all. The others are in no triple, and their own
@@ -107,43 +106,63 @@ def rkd_angle(
     """
     delta = positive("delta", delta, 1.0)
     student, teacher, where = examples(student, teacher, where)
-    student, teacher = bounded(student), bounded(teacher)
+    ours, theirs = (_squares(x, where) for x in (student, teacher))
     apart = ~jnp.eye(where.size, dtype=bool)
 
     def at(vertex: tuple[jax.Array, ...]) -> jax.Array:
-        one_student, one_teacher, ends = vertex
-        ours, theirs = _cosines(student - one_student), _cosines(teacher - one_teacher)
-        terms = optax.losses.huber_loss(ours, theirs, delta=delta)
+        to_student, to_teacher, ends = vertex
+        cosines = _cosines(to_student, ours), _cosines(to_teacher, theirs)
+        terms = optax.losses.huber_loss(*cosines, delta=delta)
         counts = ends & ends[:, None] & apart
         return jnp.sum(jnp.where(counts, terms, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
 
-    return _each(at, (student, teacher, where & where[:, None] & apart))
+    # A few vertices at a time, which the backward pass computes again: no array has all triples.
+    xs = (ours, theirs, where & where[:, None] & apart)
+    return jax.lax.map(jax.checkpoint(at), xs, batch_size=min(_CHUNK, where.size) or None)
 
 
-def _relative_distances(x: jax.Array, others: jax.Array) -> jax.Array:
+def _relative_distances(x: jax.Array, where: jax.Array, others: jax.Array) -> jax.Array:
     """The distances of all pairs over their mean, zero where that is."""
-    x = bounded(x)
-
-    def row(one: jax.Array) -> jax.Array:
-        squares = jnp.sum(jnp.square(x - one), axis=-1)
-        some = squares > 0
-        return jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0)
-
-    distances = _each(row, x)
+    squares = _squares(x, where)
+    some = squares > 0
+    distances = jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0)
     total = jnp.sum(jnp.where(others, distances, 0.0))
     mean = total / jnp.maximum(jnp.sum(others), 1)
     return distances / jnp.where(mean > 0, mean, 1.0)
 
 
-def _cosines(sides: jax.Array) -> jax.Array:
-    """The cosines of the angles between the sides that lead from one example to all."""
-    return gram(unit(sides))
+def _cosines(to: jax.Array, squares: jax.Array) -> jax.Array:
+    """The cosines of the angles at a vertex, by the law of cosines, `[batch, batch]`.
 
-
-def _each(row: Callable[[Any], jax.Array], xs: Any) -> jax.Array:
-    """A function of each example, a few at a time; the backward pass computes them again.
-
-    So no array has all pairs of examples and their features, or all triples.
+    From distances the error is that of their ratios, however far from zero the features are; and
+    the time does not grow with their number.
     """
-    batch = jax.tree.leaves(xs)[0].shape[0]
-    return jax.lax.map(jax.checkpoint(row), xs, batch_size=min(_CHUNK, batch) or None)
+    some = to > 0
+    inverse = jnp.where(some, jax.lax.rsqrt(jnp.where(some, to, 1.0)), 0.0)
+    return 0.5 * (to + to[:, None] - squares) * inverse * inverse[:, None]
+
+
+def _squares(x: jax.Array, where: jax.Array) -> jax.Array:
+    """The squared distances of all pairs, of features whose largest is between 1 and 2."""
+    x = bounded(x)
+    mean = jnp.sum(x, axis=0) / jnp.maximum(jnp.sum(where), 1)
+    squares = _square_distances(x - jax.lax.stop_gradient(mean))
+    return jnp.where(squares > _LEAST, squares, 0.0)
+
+
+@jax.custom_jvp
+def _square_distances(x: jax.Array) -> jax.Array:
+    """`|x_i - x_j|**2`, of the differences themselves: the Gram matrix would cancel."""
+    return jnp.sum(jnp.square(x[:, None] - x), axis=-1)
+
+
+@_square_distances.defjvp
+def _square_distances_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    # The slope of |x_i - x_j|**2 is a product of matrices, forward and back, so that no array has
+    # all pairs and their features.
+    (x,), (dx,) = primals, tangents
+    m = product("if,jf->ij", x, dx)
+    own = jnp.diagonal(m)
+    return _square_distances(x), 2 * (own + own[:, None] - m - m.T)

@@ -79,7 +79,6 @@ def vid(
       >>> vid(vid_init(3, variance=1.0), x, x + 2.0).round(3).tolist()
       [2.0]
     """
-    epsilon = positive("epsilon", epsilon, 1e-5)
     student, teacher, where = matched(student, teacher, where)
     raw = params["raw_variance"].astype(jnp.float32)
     if raw.shape != student.shape[-1:]:
@@ -87,6 +86,6 @@ def vid(
             f"{raw.shape} variances for features {student.shape}: write "
             f"vid_init({student.shape[-1]})"
         )
-    variance = jax.nn.softplus(raw) + epsilon
+    variance = jax.nn.softplus(raw) + positive("epsilon", epsilon, 1e-5)
     terms = jnp.log(variance) + jnp.square(teacher - student) / variance
     return mean_of(0.5 * terms, 1, where)

@@ -230,6 +230,18 @@ def test_more_examples_than_are_done_at_once():
         np.testing.assert_allclose(values, expected, rtol=3e-5)
 
 
+def test_clusters_far_from_zero():
+    # Classes that have nearly collapsed, all of them far away.
+    rng = np.random.default_rng(7)
+    centres = rng.normal(size=(3, 5))[[0, 0, 1, 1, 2, 2, 2]]
+    student = (50 + centres + 1e-2 * rng.normal(size=SHAPE)).astype(np.float32)
+    teacher = draw(2, OTHER)
+    # Cosines of sides of 1e-2 and 3 are known to 300 times 1e-7, and differ by some 0.3.
+    for name in ("distance", "angle"):
+        loss, reference = LOSSES[name]
+        check_against(loss, reference, student, teacher, EVERYONE, rtol=3e-4)
+
+
 def test_no_array_has_all_pairs_and_their_features():
     x = jax.ShapeDtypeStruct((256, 1024), jnp.float32)
     for loss in (rkd_distance, rkd_angle):
