@@ -57,13 +57,13 @@ def check_against(loss, reference, student, teacher, where, rtol):
 
 
 def check_degenerate(loss, shape, other, where):
-    """Zeros, constants, and large and small features give numbers, in either; returns the values."""
+    """Zeros, equal examples, and large and small features give numbers, in either; returns the values."""
     found = {}
     students, teachers = (
         {
             "drawn": draw(seed, x),
             "zero": np.zeros(x, np.float32),
-            "constant": np.full(x, 0.1, np.float32),
+            "constant": np.broadcast_to(draw(seed, x[1:]), x),
             "large": draw(seed, x, 1e15),
             "small": draw(seed, x, 1e-15),
         }

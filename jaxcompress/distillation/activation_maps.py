@@ -30,7 +30,7 @@ def attention_transfer(
       student: features, `[batch, positions..., channels]`.
       teacher: features at the same positions, of any number of channels. No gradient passes to
         them.
-      p: the power, at least 1; a larger one looks at the largest activations alone.
+      p: the power, a number from 1 to 64; a larger one looks at the largest activations alone.
       squared: take the square of the distance, as is common in code. It is smooth where maps are
         equal, and twice one minus their cosine.
       where: which positions count, broadcastable to `[batch, positions...]`; None: all.
@@ -40,7 +40,7 @@ def attention_transfer(
 
     Raises:
       CompressError: for positions that differ or that there are none, a mask that does not fit, or
-        a power below 1.
+        another power.
 
     References:
       Zagoruyko and Komodakis, *Paying More Attention to Attention: Improving the Performance of

@@ -60,9 +60,9 @@ def crd_init(
         "teacher": regressor_init(keys[1], teacher_channels, dim),
     }
     bank = {
-        "student": unit(jax.random.normal(keys[2], (examples, dim))),
-        "teacher": unit(jax.random.normal(keys[3], (examples, dim))),
-        "log_z": jnp.zeros(2),
+        "student": unit(jax.random.normal(keys[2], (examples, dim), jnp.float32)),
+        "teacher": unit(jax.random.normal(keys[3], (examples, dim), jnp.float32)),
+        "log_z": jnp.zeros(2, jnp.float32),
         "started": jnp.zeros((), bool),
     }
     return params, bank
@@ -171,7 +171,8 @@ def crd(
       >>> params, bank = crd_init(jax.random.key(0), 8, 16, examples=100, dim=4)
       >>> indices = jnp.array([7, 3])
       >>> negatives = crd_negatives(jax.random.key(1), indices, 10, 100)
-      >>> loss, bank = crd(params, bank, jnp.ones((2, 8)), jnp.ones((2, 16)), indices, negatives)
+      >>> student, teacher = jnp.ones((2, 8)), jnp.ones((2, 16))
+      >>> loss, bank = jax.jit(crd)(params, bank, student, teacher, indices, negatives)
       >>> loss.shape, bool(bank["started"])
       ((2,), True)
     """

@@ -48,8 +48,8 @@ def correlation_congruence(
       >>> import jax.numpy as jnp
       >>> x = jnp.eye(2)
       >>> loss = correlation_congruence(jnp.ones((2, 3)), x, gamma=0.5, order=None)
-      >>> loss.round(4)  # (1 - exp(-1))**2 / 2
-      Array([0.1998, 0.1998], dtype=float32)
+      >>> [round(float(v), 4) for v in loss]  # (1 - exp(-1))**2 / 2
+      [0.1998, 0.1998]
     """
     gamma = positive("gamma", gamma, 0.4)
     if order is not None and order < 1:

@@ -54,9 +54,9 @@ def paraphraser_init(
 
     Examples:
       >>> import jax
-      >>> params = paraphraser_init(jax.random.key(0), 8, 4)
-      >>> [layer["bias"].shape for layer in params["encoder"]]
-      [(8,), (4,), (4,)]
+      >>> params = paraphraser_init(jax.random.key(0), 4, 4, kernel=1)
+      >>> [layer["kernel"].shape for layer in params["encoder"]]
+      [(4, 4), (4, 4), (4, 4)]
     """
     there, back = jax.random.split(key)
     sizes = (channels, channels, factor_channels, factor_channels)
@@ -81,9 +81,9 @@ def paraphrase(params: dict[str, Layers], teacher: jax.Array) -> jax.Array:
 
     Examples:
       >>> import jax, jax.numpy as jnp
-      >>> params = paraphraser_init(jax.random.key(0), 8, 4)
-      >>> paraphrase(params, jnp.ones((2, 5, 5, 8))).shape
-      (2, 5, 5, 4)
+      >>> params = paraphraser_init(jax.random.key(0), 4, 4, kernel=1)
+      >>> paraphrase(params, jnp.ones((2, 5, 4))).shape
+      (2, 5, 4)
     """
     return _rectified(params["encoder"], teacher)
 
@@ -113,8 +113,8 @@ def paraphraser_loss(
 
     Examples:
       >>> import jax, jax.numpy as jnp
-      >>> params = paraphraser_init(jax.random.key(0), 8, 4, kernel=1)
-      >>> paraphraser_loss(params, jnp.zeros((2, 8))).tolist()
+      >>> params = paraphraser_init(jax.random.key(0), 4, 4, kernel=1)
+      >>> paraphraser_loss(params, jnp.zeros((2, 4))).tolist()
       [0.0, 0.0]
     """
     *layers, last = params["decoder"]
@@ -142,8 +142,9 @@ def translator_init(
 
     Examples:
       >>> import jax
-      >>> [p["bias"].shape for p in translator_init(jax.random.key(0), 6, 4)]
-      [(6,), (4,), (4,)]
+      >>> params = translator_init(jax.random.key(0), 4, 4, kernel=1)
+      >>> [layer["kernel"].shape for layer in params]
+      [(4, 4), (4, 4), (4, 4)]
     """
     sizes = (student_channels, student_channels, factor_channels, factor_channels)
     return _layers(key, sizes, kernel)
@@ -164,9 +165,9 @@ def translate(params: Layers, student: jax.Array) -> jax.Array:
 
     Examples:
       >>> import jax, jax.numpy as jnp
-      >>> params = translator_init(jax.random.key(0), 6, 4)
-      >>> translate(params, jnp.ones((2, 5, 5, 6))).shape
-      (2, 5, 5, 4)
+      >>> params = translator_init(jax.random.key(0), 4, 4, kernel=1)
+      >>> translate(params, jnp.ones((2, 5, 4))).shape
+      (2, 5, 4)
     """
     return _rectified(params, student)
 
@@ -186,14 +187,14 @@ def factor_transfer(
     Args:
       student: a factor, `[batch, ..., channels]`, from `translate`.
       teacher: the teacher's, of the same shape, from `paraphrase`. No gradient passes to it.
-      p: which norm, at least 1.
+      p: which norm, a number from 1 to 64.
       where: which positions count, broadcastable to `[batch, ...]`; None: all.
 
     Returns:
       One float32 value per example, `[batch]`. A factor of zeros stays zero.
 
     Raises:
-      CompressError: for shapes that differ, a mask that does not fit, or a norm below 1.
+      CompressError: for shapes that differ, a mask that does not fit, or another norm.
 
     References:
       Kim, Park and Kwak, *Paraphrasing Complex Network: Network Compression via Factor Transfer*,

@@ -39,9 +39,10 @@ def unit(x: jax.Array) -> jax.Array:
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> unit(jnp.array([[3e30, 4e30], [0.0, 0.0]])).round(3)
-      Array([[0.6, 0.8],
-             [0. , 0. ]], dtype=float32)
+      >>> [round(float(v), 3) for v in unit(jnp.array([3e30, 4e30]))]
+      [0.6, 0.8]
+      >>> unit(jnp.zeros(2)).tolist()
+      [0.0, 0.0]
     """
     x = bounded(x, -1)
     squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)

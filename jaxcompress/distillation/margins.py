@@ -35,8 +35,9 @@ def normal_margin(mean: jax.Array, scale: jax.Array) -> jax.Array:
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> normal_margin(jnp.array([0.0, -5.0, 10.0]), jnp.ones(3)).round(3)
-      Array([-0.798, -5.   , -0.098], dtype=float32)
+      >>> margin = normal_margin(jnp.array([0.0, -5.0, 10.0]), jnp.ones(3))
+      >>> [round(float(m), 3) for m in margin]
+      [-0.798, -5.0, -0.098]
     """
     if mean.shape != scale.shape:
         raise CompressError(f"the mean {mean.shape} and the scale {scale.shape} differ in shape")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -57,8 +58,8 @@ def regressor_init(
             f"kernel={kernel} from {student_channels} to {teacher_channels} channels: write "
             "positive sizes, for at most three axes"
         )
-    weights = jax.random.normal(key, shape) / np.sqrt(np.prod(shape[:-1]))
-    return {"kernel": weights, "bias": jnp.zeros(teacher_channels)}
+    weights = jax.random.normal(key, shape, jnp.float32) / math.sqrt(math.prod(shape[:-1]))
+    return {"kernel": weights, "bias": jnp.zeros(teacher_channels, jnp.float32)}
 
 
 def regressor(params: Params, x: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from jaxcompress.distillation.activation_maps import attention_transfer, gradien
 from jaxcompress.distillation.boundaries import activation_boundaries
 from jaxcompress.distillation.factor import factor_transfer
 from jaxcompress.distillation.flow import fsp, fsp_matrix
+from jaxcompress.distillation.geometry import length, unit
 from jaxcompress.distillation.hints import hint
 from jaxcompress.distillation.margins import measured_margin, normal_margin, overhaul
 from jaxcompress.distillation.variational import vid, vid_init
@@ -306,6 +307,29 @@ def test_margins():
         normal_margin(jnp.zeros(2), jnp.zeros(3))
     with pytest.raises(jc.CompressError, match="margin has the shape"):
         overhaul(x, x, jnp.zeros(2))
+
+
+def test_lengths_and_directions_at_zero_and_at_the_ends_of_the_range():
+    @jax.jit
+    def run(x):
+        total = lambda x: sum(jnp.sum(length(x, p)) for p in (1, 1.5, 2, 3)) + jnp.sum(unit(x)[0])
+        return length(x), length(x, 3), unit(x), jax.grad(total)(x)
+
+    x = np.array(
+        [[0, 0, 0], [3e38, 0, 0], [3, -4, 0], [2e-38, 0, 0], [1e-25, -1e-25, 0]], np.float32
+    )
+    two, three, direction, slope = map(np.asarray, run(x))
+    np.testing.assert_allclose(two, [0, 3e38, 5, 0, np.sqrt(2) * 1e-25], rtol=1e-6, atol=3e-38)
+    np.testing.assert_allclose(three[2], 91 ** (1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(direction[1:3], [[1, 0, 0], [0.6, -0.8, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(direction[[0, 3]], 0)
+    assert np.all(np.isfinite(slope))
+    np.testing.assert_array_equal(slope[0], 0)
+    # The sum of the p-norms' slopes, of which that of p = 1 is the sign.
+    norms = [
+        np.abs(x[2]) ** (p - 1) * np.sum(np.abs(x[2]) ** p) ** (1 / p - 1) for p in (1, 1.5, 2, 3)
+    ]
+    np.testing.assert_allclose(slope[2], sum(norms) * np.sign(x[2]), rtol=1e-5)
 
 
 def test_bad_input():
