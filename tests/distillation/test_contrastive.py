@@ -159,6 +159,7 @@ def test_negatives():
     assert np.max(one_class) < N
 
 
+@pytest.mark.slow
 def test_a_student_learns_to_tell_examples_apart():
     x = jnp.asarray(draw(1, (N, 8)))
     params, bank = jax.jit(lambda k: crd_init(k, 8, 8, N, dim=16))(KEY)
