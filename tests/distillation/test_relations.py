@@ -11,7 +11,7 @@ from loss_checks import check_against, check_degenerate, check_unmoved_by_masked
 
 import jaxcompress as jc
 from jaxcompress.distillation.alignment import cka
-from jaxcompress.distillation.correlation import correlation_congruence
+from jaxcompress.distillation.congruence import correlation_congruence
 from jaxcompress.distillation.probabilistic import pkt
 from jaxcompress.distillation.relational import rkd_angle, rkd_distance
 from jaxcompress.distillation.similarity import similarity_preserving
