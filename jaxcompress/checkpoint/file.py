@@ -266,6 +266,30 @@ def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) 
     return tree if like is None else _into(container.path, like, tree)
 
 
+def map_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a file that `save` wrote, by name and mapped into memory.
+
+    Each is read once to be checked, and then where it is looked at; memory is the system's to take
+    back.
+
+    Raises:
+      FileNotFoundError: when there is no such file.
+      FileError: as `load`, and for tensors that are coded.
+    """
+    container = open_container(Path(path))
+    checksums = _described(container)[1]
+    out = {}
+    for (name, tensor), checksum in zip(container.tensors.items(), checksums):
+        data = container.mapped(name)
+        if f"{zlib.crc32(data.data):08x}" != checksum:
+            raise FileError(f"{path}: tensor {name!r} is damaged: its checksum does not match")
+        dtype = jnp.dtype(DTYPES[tensor.code]) if tensor.code in DTYPES else None
+        if dtype is None or math.prod(tensor.shape) * dtype.itemsize != data.size:
+            raise FileError(f"{path}: tensor {name!r} is no plain array that can be mapped")
+        out[name] = data.view(dtype).reshape(tensor.shape)
+    return out
+
+
 class StoredLeaf(NamedTuple):
     """What a header says of one leaf.
 
