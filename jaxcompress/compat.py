@@ -197,7 +197,11 @@ def identity_primitive(name: str) -> Primitive:
         args = [jax.numpy.moveaxis(x, d, 0) if m else x for x, d, m in zip(args, dims, mapped)]
         return primitive.bind(*args, **params), [0 if m else d for d, m in zip(dims, mapped)]
 
+    def transpose(cts: Any, *args: Any, **_: Any) -> Any:
+        return [ct if ad.is_undefined_primal(a) else None for ct, a in zip(cts, args)]
+
     ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, lambda ctx, *args, **_: list(args))
     return primitive

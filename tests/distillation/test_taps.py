@@ -194,6 +194,35 @@ def test_nnx_merged_inside_stacked_and_compressed():
     np.testing.assert_allclose(codes["layers/linear"], found["layers/linear"], atol=0.1)
 
 
+def test_nnx_in_its_own_jit_and_grad():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+        @staticmethod
+        def twice(x):
+            return 2 * x
+
+        def __call__(self, x):
+            return self.b(self.norm(self.twice(self.a(x))))
+
+    def tapped(model, x):
+        out, found = tap(model, "a")(x)
+        return jnp.sum(out**2) + jnp.sum(found["a"] ** 3)
+
+    def plain(model, x):
+        return jnp.sum(model(x) ** 2) + jnp.sum(model.a(x) ** 3)
+
+    models = [Model(nnx.Rngs(0)) for _ in range(2)]
+    grads = [nnx.jit(nnx.grad(fn))(model, X) for fn, model in zip((tapped, plain), models)]
+    for found, expected in (grads, map(nnx.state, models)):  # running means have moved alike
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+        )
+    assert np.any(models[0].norm.mean[...])
+
+
 def flow(w, x):
     """Tags in a scan, in remat, in branches and in a while."""
 
@@ -242,6 +271,9 @@ def test_vmap_grad_and_taps_within_taps():
     mapped = jax.vmap(model.apply, in_axes=(None, 1), out_axes=1)
     _, found = tap(mapped, "dense")(params, X[:, None].repeat(3, 1))
     assert found["dense"].shape == (3, 5, 2)
+    twice = jax.linear_transpose(lambda kernel: model.apply(kernel, X), params)
+    _, found = tap(lambda y: (twice(y), model.apply(params, X)), "dense")(jnp.ones((5, 2)))
+    assert found["dense"].shape == (5, 2)
     loss = lambda params, x: jnp.sum(jnp.square(model.apply(params, x)))
     (value, grads), found = tap(jax.value_and_grad(loss), "dense")(params, X)
     np.testing.assert_allclose(value, jnp.sum(jnp.square(found["dense"])), rtol=1e-6)
@@ -311,6 +343,15 @@ def test_bad_names():
     own.defvjp(lambda x: (x, None), lambda _, g: (g,))
     with pytest.raises(jc.CompressError, match="'inner' is inside of a custom_vjp_call"):
         tap(own, "inner")(X)
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.shard_map(
+        lambda x: checkpoint_name(x, "part"),
+        mesh=mesh,
+        in_specs=jax.sharding.PartitionSpec("d"),
+        out_specs=jax.sharding.PartitionSpec("d"),
+    )
+    with pytest.raises(jc.CompressError, match="'part' is inside of a shard_map"):
+        tap(spread, "part")(X)
     one = lambda x: checkpoint_name(x, "h")
     two = lambda x: checkpoint_name(x.T, "h").T
     with pytest.raises(jc.CompressError, match=r"'h' is float32\[4, 5\] in one branch"):
