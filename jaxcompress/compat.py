@@ -212,12 +212,24 @@ def checkpoint_name(eqn: JaxprEqn) -> str | None:
     return eqn.params["name"] if eqn.primitive.name == "name" else None
 
 
-def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
-    """The jaxprs that an equation carries."""
+def _carried(eqn: JaxprEqn) -> Iterator[Any]:
     for param in eqn.params.values():
         for found in param if isinstance(param, (tuple, list)) else (param,):
             if isinstance(found, (Jaxpr, ClosedJaxpr)):
-                yield open_jaxpr(found)[0]
+                yield found
+
+
+def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+    """The jaxprs that an equation carries."""
+    for found in _carried(eqn):
+        yield open_jaxpr(found)[0]
+
+
+def constants(jaxpr: Any) -> list[Any]:
+    """The constants of a jaxpr, closed or not, and of those within it."""
+    body, consts = open_jaxpr(jaxpr)
+    within = [constants(found) for eqn in body.eqns for found in _carried(eqn)]
+    return sum(within, list(consts))
 
 
 def register_lowering(

@@ -29,7 +29,13 @@ from jaxcompress.checkpoint.container import (
 )
 from jaxcompress.checkpoint.decoder import Decoder, damage_told
 from jaxcompress.checkpoint.encoder import Encoder, leaves_in_order
-from jaxcompress.checkpoint.nodes import as_dtype, as_shape, leaf_nodes, named_arrays
+from jaxcompress.checkpoint.nodes import (
+    array_nodes,
+    as_dtype,
+    as_shape,
+    leaf_nodes,
+    named_arrays,
+)
 from jaxcompress.checkpoint.streams import decode_array, encode_array
 from jaxcompress.errors import FileError
 from jaxcompress.lazy import Ahead, LazyArray
@@ -277,16 +283,17 @@ def map_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       FileError: as `load`, and for tensors that are coded.
     """
     container = open_container(Path(path))
-    checksums = _described(container)[1]
-    out = {}
-    for (name, tensor), checksum in zip(container.tensors.items(), checksums):
-        data = container.mapped(name)
-        if f"{zlib.crc32(data.data):08x}" != checksum:
-            raise FileError(f"{path}: tensor {name!r} is damaged: its checksum does not match")
-        dtype = jnp.dtype(DTYPES[tensor.code]) if tensor.code in DTYPES else None
-        if dtype is None or math.prod(tensor.shape) * dtype.itemsize != data.size:
-            raise FileError(f"{path}: tensor {name!r} is no plain array that can be mapped")
-        out[name] = data.view(dtype).reshape(tensor.shape)
+    described, checksums = _described(container)
+    file, sums, out = _File(container, checksums), dict(zip(container.tensors, checksums)), {}
+    with damage_told(container.path):
+        for node in array_nodes(described):
+            name, (shape, dtype) = node["array"], file.info(node)
+            if "coded" in node:
+                raise FileError(f"{path}: tensor {name!r} is coded, so it cannot be mapped")
+            data = container.mapped(name)
+            if f"{zlib.crc32(data.data):08x}" != sums[name]:
+                raise FileError(f"{path}: tensor {name!r} is damaged: its checksum does not match")
+            out[name] = data.view(dtype.newbyteorder("<")).reshape(shape)
     return out
 
 

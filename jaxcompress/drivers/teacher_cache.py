@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import compat
 from jaxcompress.checkpoint.file import load, map_arrays, read_metadata, save
 from jaxcompress.drivers.rounds_folder import fingerprint
 from jaxcompress.errors import FileError, SpecError
@@ -40,8 +43,8 @@ def cache_teacher(
 
     Outputs go to files of `shard_size` examples, each of which is there as a whole or not at all:
     a run that was killed goes on at the first that is missing, and a finished one reads nothing but
-    the headers. The folder remembers the checksums of params and inputs, so that the outputs of
-    another teacher, or of other data, are refused.
+    the headers. The folder remembers checksums of the params, of the inputs and of the program, so
+    that the outputs of another teacher, or of other data, are refused.
 
     Args:
       fn: `fn(params, batch)` returns a pytree of arrays `[batch, ...]`: logits, hidden states, or
@@ -54,7 +57,7 @@ def cache_teacher(
       folder: where the outputs are; made if there is none.
       examples: how many there are, for inputs by a function.
       data: what stands for the inputs in place of their checksum; required for a function.
-      name: what else tells this teacher from others of the same params: a temperature, a layer.
+      name: what else tells these outputs from others, in words.
       batch_size: examples in one run of `fn`.
       shard_size: examples in one file.
       dtype: of floating outputs, such as `"bfloat16"`; None: as they are.
@@ -64,7 +67,8 @@ def cache_teacher(
       The outputs, to be indexed.
 
     Raises:
-      FileError: for a folder with outputs of another teacher, dataset or sizes.
+      FileError: for a folder with outputs of another teacher, dataset or sizes. Another version of
+        jax may trace a teacher to another program; what is finished, `TeacherCache` opens anyhow.
       SpecError: for no examples, outputs that are not one for each example, or sizes below 1.
 
     References:
@@ -84,7 +88,7 @@ def cache_teacher(
     take, count, mark = _dataset(inputs, examples, data)
     run = jax.jit(lambda params, batch: _cast(fn(params, batch), dtype))
     first = take(np.zeros(min(batch_size, count), np.int64))
-    shapes = jax.eval_shape(run, params, first)
+    program, shapes = jax.make_jaxpr(run, return_shape=True)(params, first)
     arrays = _named(shapes)
     for path, x in arrays.items():
         if not x.shape or x.shape[0] != min(batch_size, count):
@@ -93,9 +97,10 @@ def cache_teacher(
                 f"{min(batch_size, count)}; return one entry for each example, along the first axis"
             )
     settings = {
-        "teacher": fingerprint(params), "name": name, "data": mark, "examples": count,
-        "shard_size": shard_size,
+        "teacher": fingerprint([params, compat.constants(program)]), "name": name, "data": mark,
+        "examples": count, "shard_size": shard_size, "batch_size": batch_size,
         "outputs": {path: [str(x.dtype), *x.shape[1:]] for path, x in arrays.items()},
+        "program": _told_apart(program),
     }  # fmt: skip
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -227,6 +232,12 @@ def _dataset(
     return take, count, data if data is not None else fingerprint(inputs)
 
 
+def _told_apart(program: Any) -> str:
+    """A checksum of what a jaxpr says, but for where its functions are in memory."""
+    text = re.sub(r"0x[0-9a-f]+", "", str(program))
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 def _cast(outputs: Any, dtype: Any) -> Any:
     if dtype is None:
         return outputs
@@ -273,7 +284,11 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _check(path: Path, settings: dict[str, Any]) -> None:
     there = _settings(path)
-    words = {"teacher": "another teacher", "data": "other inputs"}
+    words = {
+        "teacher": "another teacher",
+        "data": "other inputs",
+        "program": "another function of the same params",
+    }
     for key, here in settings.items():
         if there.get(key) != here:
             what = words.get(key, f"{key}={there.get(key)!r}, not {here!r}")

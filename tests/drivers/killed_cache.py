@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 
+import jax
 import numpy as np
 
 from jaxcompress.drivers.teacher_cache import cache_teacher
@@ -13,7 +14,7 @@ PARAMS = {"kernel": np.random.default_rng(1).normal(size=(4, 3)).astype(np.float
 
 
 def teacher(params, x):
-    return {"logits": x @ params["kernel"], "pair": (x[:, 0] > 0, x * 2)}
+    return {"logits": jax.nn.relu(x @ params["kernel"]), "pair": (x[:, 0] > 0, x * 2)}
 
 
 def write(folder, kill_at=None, calls=None, **options):

@@ -14,6 +14,7 @@ import pytest
 import safetensors
 
 import jaxcompress as jc
+from jaxcompress.checkpoint.file import map_arrays
 from jaxcompress.distillation import soft_targets
 from jaxcompress.drivers.teacher_cache import TeacherCache, cache_teacher
 
@@ -78,6 +79,7 @@ def test_other_runs_are_refused(tmp_path):
         ({"shard_size": 7}, "shard_size=4096, not 7"),
         ({"dtype": "bfloat16"}, "outputs="),
         ({"fn": lambda p, b: (b["x"] @ p["kernel"])[:, :2]}, "outputs="),
+        ({"fn": lambda p, b: 2 * b["x"] @ p["kernel"]}, "another function of the same params"),
     ]:
         with pytest.raises(jc.FileError, match=message):
             write(**options)
@@ -93,11 +95,21 @@ def test_other_runs_are_refused(tmp_path):
         write()
 
 
+def test_weights_that_a_teacher_has_within_itself(tmp_path):
+    closed = lambda w: lambda _, x: x @ w
+    cache_teacher(closed(PARAMS["kernel"]), None, X, tmp_path)
+    cache_teacher(closed(PARAMS["kernel"].copy()), None, X, tmp_path)
+    with pytest.raises(jc.FileError, match="is of another teacher"):
+        cache_teacher(closed(2 * PARAMS["kernel"]), None, X, tmp_path)
+
+
 def test_smaller_outputs_and_other_containers(tmp_path):
     logits = lambda params, x: x @ params["kernel"]
     exact = X @ PARAMS["kernel"]
     narrow = cache_teacher(logits, PARAMS, X, tmp_path / "narrow", dtype="bfloat16")[:]
     np.testing.assert_array_equal(narrow, exact.astype(jnp.bfloat16))
+    tiny = cache_teacher(logits, PARAMS, X, tmp_path / "tiny", dtype="float8_e4m3fn")[:]
+    np.testing.assert_array_equal(tiny, exact.astype(jnp.float8_e4m3fn))
     int8 = jc.Quantize("int8", axis=-1)
     cached = cache_teacher(lambda p, x: int8(logits(p, x)), PARAMS, X, tmp_path / "codes")
     for cache in (cached, TeacherCache(tmp_path / "codes")):
@@ -137,6 +149,9 @@ def test_one_trace_and_bad_arguments(tmp_path):
     ]:
         with pytest.raises(jc.SpecError, match=message):
             cache_teacher(run, PARAMS, inputs, tmp_path / "b", **options)
+    jc.save(tmp_path / "coded.safetensors", {"x": jnp.zeros(1000)}, coded=True)
+    with pytest.raises(jc.FileError, match="'x' is coded, so it cannot be mapped"):
+        map_arrays(tmp_path / "coded.safetensors")
     cache = TeacherCache(tmp_path / "a")
     with pytest.raises(IndexError, match="index 23 of 23"):
         cache[[0, 23]]
