@@ -11,7 +11,7 @@ knows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -177,6 +177,59 @@ def register_batching(primitive: Primitive, rule: Callable[..., Any]) -> None:
         return rule(vmap, args, dims, **params)
 
     batching.fancy_primitive_batchers[primitive] = batch
+
+
+def identity_primitive(name: str) -> Primitive:
+    """A primitive that returns its arguments, whatever its parameters.
+
+    Tangents pass it by, and what `vmap` maps comes out with the mapped axis first.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(lambda *args, **_: list(args))
+    primitive.def_abstract_eval(lambda *avals, **_: list(avals))
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+        return primitive.bind(*primals, **params), list(tangents)
+
+    def batch(args: Any, dims: Any, **params: Any) -> Any:
+        mapped = [d is not None for d in dims]
+        args = [jax.numpy.moveaxis(x, d, 0) if m else x for x, d, m in zip(args, dims, mapped)]
+        return primitive.bind(*args, **params), [0 if m else d for d, m in zip(dims, mapped)]
+
+    def transpose(cts: Any, *args: Any, **_: Any) -> Any:
+        return [ct if ad.is_undefined_primal(a) else None for ct, a in zip(cts, args)]
+
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, lambda ctx, *args, **_: list(args))
+    return primitive
+
+
+def checkpoint_name(eqn: JaxprEqn) -> str | None:
+    """The name that `jax.ad_checkpoint.checkpoint_name` put on the value of an equation."""
+    return eqn.params["name"] if eqn.primitive.name == "name" else None
+
+
+def _carried(eqn: JaxprEqn) -> Iterator[Any]:
+    for param in eqn.params.values():
+        for found in param if isinstance(param, (tuple, list)) else (param,):
+            if isinstance(found, (Jaxpr, ClosedJaxpr)):
+                yield found
+
+
+def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+    """The jaxprs that an equation carries."""
+    for found in _carried(eqn):
+        yield open_jaxpr(found)[0]
+
+
+def constants(jaxpr: Any) -> list[Any]:
+    """The constants of a jaxpr, closed or not, and of those within it."""
+    body, consts = open_jaxpr(jaxpr)
+    within = [constants(found) for eqn in body.eqns for found in _carried(eqn)]
+    return sum(within, list(consts))
 
 
 def register_lowering(

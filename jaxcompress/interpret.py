@@ -91,6 +91,14 @@ class Control:
     # Whether to go into the body of a `custom_jvp` or `custom_vjp` function, which loses its rule.
     forward_only = False
 
+    def enters(self, eqn: compat.JaxprEqn) -> bool:
+        """Whether to rebuild an equation that meets no leaf."""
+        return False
+
+    def own(self, eqn: compat.JaxprEqn, operands: list[Any]) -> Any:
+        """The outputs of an equation that this walk has a rule for, or NotImplemented."""
+        return NotImplemented
+
     def scan(self, step: Any, init: Any, xs: Any, **options: Any) -> Any:
         """`lax.scan`."""
         return lax.scan(step, init, xs, **options)
@@ -184,11 +192,14 @@ def _last_uses(jaxpr: compat.Jaxpr) -> dict[int, list[Any]]:
 
 
 def _evaluate_equation(eqn: compat.JaxprEqn, operands: list[Any], control: Control) -> list[Any]:
-    if not any(map(is_compressed, operands)):
+    if not any(map(is_compressed, operands)) and not control.enters(eqn):
         return compat.bind(eqn, operands)
+    found = control.own(eqn, operands)
+    if found is not NotImplemented:
+        return found
     name = eqn.primitive.name
-    if name in _CONTROL:
-        return _CONTROL[name](eqn.params, operands, control)
+    if name in CONTROL_FLOW:
+        return CONTROL_FLOW[name](eqn.params, operands, control)
     if control.forward_only and name in _CUSTOM_RULES:
         return _inline(eqn.params, operands, control)
     out = try_rules(name, operands, eqn.params)
@@ -299,7 +310,7 @@ def _cond(params: dict[str, Any], operands: list[Any], control: Control) -> list
 
 _CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
 
-_CONTROL: dict[str, Callable[[dict[str, Any], list[Any], Control], list[Any]]] = {
+CONTROL_FLOW: dict[str, Callable[[dict[str, Any], list[Any], Control], list[Any]]] = {
     "jit": _inline,
     "pjit": _inline,
     "closed_call": _inline,

@@ -88,6 +88,16 @@ class Container:
                 place += got
         return out
 
+    def mapped(self, name: str) -> np.ndarray:
+        """The bytes of one tensor where they are in the file; what is looked at is read."""
+        tensor = self.tensors[name]
+        if tensor.start == tensor.stop:  # nothing can be mapped
+            return np.empty(0, np.uint8)
+        # On a handle of its own, for a map may outlive this object.
+        return np.memmap(
+            self._file, np.uint8, "r", self._start + tensor.start, (tensor.stop - tensor.start,)
+        )
+
 
 def _entries(path: Path, head: dict[str, Any]) -> dict[str, Tensor]:
     try:

@@ -29,7 +29,13 @@ from jaxcompress.checkpoint.container import (
 )
 from jaxcompress.checkpoint.decoder import Decoder, damage_told
 from jaxcompress.checkpoint.encoder import Encoder, leaves_in_order
-from jaxcompress.checkpoint.nodes import as_dtype, as_shape, leaf_nodes, named_arrays
+from jaxcompress.checkpoint.nodes import (
+    array_nodes,
+    as_dtype,
+    as_shape,
+    leaf_nodes,
+    named_arrays,
+)
 from jaxcompress.checkpoint.streams import decode_array, encode_array
 from jaxcompress.errors import FileError
 from jaxcompress.lazy import Ahead, LazyArray
@@ -264,6 +270,31 @@ def load(path: str | os.PathLike[str], *, lazy: bool = False, like: Any = None) 
     described, checksums = _described(container)
     tree = Decoder(_File(container, checksums), lazy=lazy).decode(described)
     return tree if like is None else _into(container.path, like, tree)
+
+
+def map_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a file that `save` wrote, by name and mapped into memory.
+
+    Each is read once to be checked, and then where it is looked at; memory is the system's to take
+    back.
+
+    Raises:
+      FileNotFoundError: when there is no such file.
+      FileError: as `load`, and for tensors that are coded.
+    """
+    container = open_container(Path(path))
+    described, checksums = _described(container)
+    file, sums, out = _File(container, checksums), dict(zip(container.tensors, checksums)), {}
+    with damage_told(container.path):
+        for node in array_nodes(described):
+            name, (shape, dtype) = node["array"], file.info(node)
+            if "coded" in node:
+                raise FileError(f"{path}: tensor {name!r} is coded, so it cannot be mapped")
+            data = container.mapped(name)
+            if f"{zlib.crc32(data.data):08x}" != sums[name]:
+                raise FileError(f"{path}: tensor {name!r} is damaged: its checksum does not match")
+            out[name] = data.view(dtype.newbyteorder("<")).reshape(shape)
+    return out
 
 
 class StoredLeaf(NamedTuple):
