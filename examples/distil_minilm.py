@@ -34,7 +34,9 @@ from self_distillation import brown, features, news
 
 import jaxcompress as jc
 
-LAYERS = (1, 3, 5)  # of the teacher: where the student's come from, and what they are to give
+STUDENT = MiniLM(layers=3)
+# Of the teacher: where the student's layers come from, and what they are to give.
+LAYERS = jc.distillation.layer_map(3, 6)
 BATCH, LENGTH, KEEP = 16, 64, 100
 STORED = {"group_size": 64, "convention": "full", "estimator": "mse"}
 TABLES = {
@@ -46,8 +48,10 @@ KERNELS = {"encoder/**/kernel": jc.FakeQuantize("int4", range="static", **STORED
 
 def student_of(params: Any) -> Any:
     """Some layers of the teacher, and its tables in few bits."""
-    encoder = {f"layer_{i}": params["encoder"][f"layer_{n}"] for i, n in enumerate(LAYERS)}
-    return jc.compress({"embeddings": params["embeddings"], "encoder": encoder}, TABLES)
+    some = jnp.zeros((1, 8), jnp.int32)
+    shapes = jax.eval_shape(STUDENT.init, jax.random.key(0), some, some)["params"]
+    student = jc.distillation.init_from_layers(params, shapes, LAYERS, pattern="encoder/layer_{}")
+    return jc.compress(student, TABLES)
 
 
 def run_of(
@@ -73,7 +77,7 @@ def distance(student: Any, teacher: Any, mask: jax.Array) -> jax.Array:
 
 def make_step(teacher: Any, rest: Any, tx: optax.GradientTransformation) -> Any:
     """A jitted step of the leaves that are trained."""
-    run = jc.compressed(functools.partial(features, model=MiniLM(layers=len(LAYERS))))
+    run = jc.compressed(functools.partial(features, model=STUDENT))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(trained: Any, state: Any, tokens: Any, mask: Any) -> Any:
@@ -137,7 +141,7 @@ class Test:
     def __init__(self, params: Any):
         self.data = tokenize(load_tokenizer(fetch("minilm")), Benchmarks().documents)
         self.target = jax.jit(MiniLM().apply)({"params": params}, *self.data)
-        self.run = jax.jit(jc.compressed(MiniLM(layers=len(LAYERS)).apply))
+        self.run = jax.jit(jc.compressed(STUDENT.apply))
 
     def vectors(self, student: Any) -> np.ndarray:
         """Of the documents."""

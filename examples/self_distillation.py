@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _minilm_model import Block, MiniLM, load_params, load_tokenizer, tokenize
+from _minilm_model import MiniLM, load_params, load_tokenizer, tokenize
 from assets import AssetError, fetch
 from minilm import Benchmarks
 from rich.console import Console
@@ -46,14 +46,9 @@ def features(
     params: Any, tokens: jax.Array, mask: jax.Array, model: MiniLM = TEACHER
 ) -> tuple[list[jax.Array], jax.Array]:
     """The output of each block, and the sentence vectors."""
-    vectors, seen = model.apply(
-        {"params": params},
-        tokens,
-        mask,
-        capture_intermediates=lambda module, _: isinstance(module, Block),
-        mutable=["intermediates"],
-    )
-    return jax.tree.leaves(seen), vectors
+    run = jc.distillation.tap(model.apply, "encoder/layer_*")
+    vectors, seen = run({"params": params}, tokens, mask)
+    return [seen[f"encoder/layer_{i}"] for i in range(model.layers)], vectors
 
 
 def distance(student: Any, teacher: Any, mask: jax.Array) -> jax.Array:

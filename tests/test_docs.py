@@ -34,6 +34,9 @@ PAGES = [
             "adapters",
             "sharing",
             "soft-sharing",
+            "distillation",
+            "distillation-losses",
+            "distillation-schemes",
             "training",
             "statistics",
             "command-line",
@@ -96,7 +99,7 @@ def names(tmp_path, monkeypatch):
 
 SLOW = {
     f"docs/{name}.md"
-    for name in ("adapters", "gates", "iterative", "mixed-precision", "soft-sharing", "solvers")
+    for name in ("adapters", "distillation-losses", "distillation-schemes", "gates", "iterative", "mixed-precision", "soft-sharing", "solvers")
 }
 
 

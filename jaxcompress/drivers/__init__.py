@@ -10,6 +10,7 @@ from jaxcompress.drivers.iterative import (
     lottery_ticket,
 )
 from jaxcompress.drivers.layer_by_layer import CompressedRound, LayerRound, layer_by_layer
+from jaxcompress.drivers.teacher_cache import TeacherCache, cache_teacher
 
 __all__ = [
     "CompressedRound",
@@ -18,7 +19,9 @@ __all__ = [
     "LayerRound",
     "PrunedRound",
     "Round",
+    "TeacherCache",
     "Trained",
+    "cache_teacher",
     "early_bird",
     "iterative_pruning",
     "layer_by_layer",
