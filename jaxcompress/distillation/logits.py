@@ -149,6 +149,8 @@ def distillation_loss(
     check_labels(labels, student, axis)
     alpha = share("alpha", alpha)
     soft = soft_targets(student, teacher, temperature=temperature, axis=axis, where=where)
+    if where is not None:
+        where = jnp.broadcast_to(where, student.shape)
     hard = optax.softmax_cross_entropy_with_integer_labels(
         student.astype(jnp.float32), labels, axis=axis, where=where
     )
