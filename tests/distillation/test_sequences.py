@@ -20,7 +20,7 @@ MATRICES = [jax.random.normal(jax.random.key(n), (WORDS, WORDS)) for n in range(
 
 def step(state, token, matrices=MATRICES):
     """What comes next depends on all that came before."""
-    embed, out = matrices
+    embed, out = (jnp.asarray(m) for m in matrices)
     state = jnp.tanh(state @ embed + embed[token])
     return state @ out * 2, state
 
