@@ -146,9 +146,9 @@ def distillation_loss(
       >>> round(float(loss[0]), 4)  # a tenth of the cross entropy
       0.0143
     """
-    check_labels(labels, student, axis)
     alpha = share("alpha", alpha)
     soft = soft_targets(student, teacher, temperature=temperature, axis=axis, where=where)
+    check_labels(labels, student, axis)
     if where is not None:
         where = jnp.broadcast_to(where, student.shape)
     hard = optax.softmax_cross_entropy_with_integer_labels(

@@ -154,5 +154,5 @@ def word_level(
         )
     batch_ndim = values.ndim - 1
     if average:
-        return mean_of(values, batch_ndim, where)
+        return mean_of(values, batch_ndim, jnp.asarray(True) if where is None else where)
     return jnp.sum(values, axis=-1, where=where)

@@ -172,3 +172,7 @@ def test_bad_input():
         on_policy_tokens(key, lambda k: jnp.zeros((3, 2), int), jnp.zeros((3, 6), int), chosen=0.5)
     with pytest.raises(jc.CompressError, match="chosen=-1"):
         on_policy_tokens(key, lambda k: start[None], start[None], chosen=-1.0)
+
+
+def test_sequences_without_tokens():
+    np.testing.assert_array_equal(word_level(jnp.ones((2, 0, 3)), jnp.ones((2, 0, 3))), np.zeros(2))
