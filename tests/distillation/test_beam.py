@@ -20,6 +20,7 @@ FROM, EMBED, TO, PLACE = (
     RNG.normal(size=shape) * size
     for shape, size in (((5, 5), 1), ((WORDS, 5), 1), ((5, WORDS), 1.5), ((LENGTH, WORDS), 0.5))
 )
+PLACE[:-1, END] -= 3  # so that what is best is not short
 STATE = {"hidden": RNG.normal(size=(BATCH, 5)), "place": 0}
 START = np.array([1, 3])
 
