@@ -47,12 +47,52 @@ def positive(name: str, value: float | jax.Array, example: float) -> jax.Array:
     return jnp.asarray(value, jnp.float32)
 
 
+def share(name: str, value: float | jax.Array, *, ends: bool = True) -> jax.Array:
+    """One number from 0 to 1 in float32, with or without the ends; a traced one as it is.
+
+    Raises:
+      CompressError: for an array of several, or a number outside.
+    """
+    if np.ndim(value):
+        raise CompressError(f"{name} has the shape {np.shape(value)}: write one number")
+    if not isinstance(value, jax.core.Tracer):
+        inside = 0 <= float(value) <= 1 if ends else 0 < float(value) < 1
+        if not inside:
+            raise CompressError(
+                f"{name}={value}: write a number from 0 to 1"
+                + ("" if ends else ", without 0 and 1 themselves")
+            )
+    return jnp.asarray(value, jnp.float32)
+
+
+def check_labels(labels: jax.Array, logits: jax.Array, axis: int) -> None:
+    """Raises a CompressError unless there is one integer label for each example of the logits."""
+    expected = list(logits.shape)
+    del expected[axis]
+    if labels.shape != tuple(expected) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise CompressError(
+            f"labels are {labels.dtype} of the shape {labels.shape}; for logits {logits.shape} "
+            f"write integers of the shape {tuple(expected)}"
+        )
+
+
 def log_p(
     logits: jax.Array, temperature: jax.Array, axis: int = -1, where: jax.Array | None = None
 ) -> jax.Array:
     """The logarithm of `softmax(logits / temperature)`, minus infinity where no class counts."""
     scaled = logits.astype(jnp.float32) / temperature
     return jax.nn.log_softmax(scaled, axis=axis, where=where)
+
+
+def log_sum(
+    x: jax.Array, axis: int, where: jax.Array | None = None, keepdims: bool = False
+) -> jax.Array:
+    """`log sum exp x` of what counts; minus infinity, without a gradient, where nothing does."""
+    x = x if where is None else jnp.where(where, x, -jnp.inf)
+    none = jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf) == -jnp.inf
+    total = jax.nn.logsumexp(jnp.where(none, 0.0, x), axis=axis, keepdims=True)
+    total = jnp.where(none, -jnp.inf, total)
+    return total if keepdims else jnp.squeeze(total, axis)
 
 
 def mean_of(values: jax.Array, batch_ndim: int, where: jax.Array | None = None) -> jax.Array:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from jaxcompress.distillation.arguments import log_p, pair, positive
+from jaxcompress.distillation.arguments import check_labels, mean_of, pair, positive, share
+from jaxcompress.distillation.divergences import forward_kl
 
 
 def soft_targets(
@@ -48,13 +50,108 @@ def soft_targets(
       >>> bool(soft_targets(jnp.zeros((1, 3)), teacher, temperature=4.0)[0] > 1.0)
       True
     """
-    student, teacher = pair(student, teacher, "logits")
     temperature = positive("temperature", temperature, 2.0)
-    log_teacher, log_student = (log_p(x, temperature, axis, where) for x in (teacher, student))
-    p = jnp.exp(log_teacher)
-    # p (e**d - 1 - d) with d = log q - log p sums to the divergence, for both p and q sum to 1; no
-    # term is negative, so that none cancels another. Where p is 0, the limit is q.
-    certain = p == 0 if where is None else (p == 0) | ~jnp.broadcast_to(where, p.shape)
-    d = jnp.where(certain, 0.0, log_student) - jnp.where(certain, 0.0, log_teacher)
-    terms = jnp.where(certain, jnp.exp(log_student), p * (jnp.expm1(d) - d))
-    return temperature**2 * jnp.sum(terms, axis=axis, where=where)
+    divergence = forward_kl(student, teacher, temperature=temperature, axis=axis, where=where)
+    return temperature**2 * divergence
+
+
+def logit_regression(
+    student: jax.Array,
+    teacher: jax.Array,
+    *,
+    centered: bool = False,
+    axis: int = -1,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """The mean squared difference of the logits, `mean_c (s_c - t_c)**2`.
+
+    With `centered` each model's mean over the classes is taken from its logits first, as a constant
+    added to all of them changes no prediction; half of that is the limit of `soft_targets` as its
+    temperature grows.
+
+    Args:
+      student: logits, `[..., classes]`.
+      teacher: logits of the same shape, finite where they count. No gradient passes to them.
+      centered: whether constants are left out of the comparison.
+      axis: the axis of the classes.
+      where: which classes count, broadcastable to the logits; None: all.
+
+    Returns:
+      One float32 value per example, `[...]`.
+
+    Raises:
+      CompressError: for shapes that differ, or a scalar.
+
+    References:
+      Ba and Caruana, *Do Deep Nets Really Need to be Deep?*, 2014.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> student, teacher = jnp.array([[3.0, 1.0]]), jnp.array([[2.0, 0.0]])
+      >>> float(logit_regression(student, teacher)[0])
+      1.0
+      >>> float(logit_regression(student, teacher, centered=True)[0])
+      0.0
+    """
+    student, teacher = pair(student, teacher, "logits")
+    batch_ndim = student.ndim - 1
+    gap = jnp.moveaxis(student - teacher, axis, -1)
+    if where is not None:
+        where = jnp.moveaxis(jnp.broadcast_to(where, student.shape), axis, -1).astype(bool)
+        # Taken out before the square, so that infinities that do not count reach no gradient.
+        gap = jnp.where(where, gap, 0.0)
+    if centered:
+        gap -= mean_of(gap, batch_ndim, where)[..., None]
+    return mean_of(jnp.square(gap), batch_ndim, where)
+
+
+def distillation_loss(
+    student: jax.Array,
+    teacher: jax.Array,
+    labels: jax.Array,
+    *,
+    alpha: float | jax.Array,
+    temperature: float | jax.Array,
+    axis: int = -1,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Soft targets and hard labels, `alpha T**2 KL(p, q) + (1 - alpha) CE(labels, student)`.
+
+    The first term is `soft_targets`; the cross entropy is taken at temperature 1.
+
+    Args:
+      student: logits, `[..., classes]`.
+      teacher: logits of the same shape. No gradient passes to them.
+      labels: integers, `[...]`.
+      alpha: the weight of the teacher, from 0 to 1; may be traced, so that it can follow a
+        schedule.
+      temperature: T, positive; may be traced.
+      axis: the axis of the classes.
+      where: which classes count, broadcastable to the logits; None: all.
+
+    Returns:
+      One float32 value per example, `[...]`.
+
+    Raises:
+      CompressError: for shapes that differ, labels that are no integers of the shape of the
+        examples, a weight outside of 0 to 1, or a temperature that is no positive number.
+
+    References:
+      Hinton, Vinyals and Dean, *Distilling the Knowledge in a Neural Network*, 2015.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> teacher = jnp.array([[2.0, 0.0, -2.0]])
+      >>> loss = distillation_loss(teacher, teacher, jnp.array([0]), alpha=0.9, temperature=4.0)
+      >>> round(float(loss[0]), 4)  # a tenth of the cross entropy
+      0.0143
+    """
+    alpha = share("alpha", alpha)
+    soft = soft_targets(student, teacher, temperature=temperature, axis=axis, where=where)
+    check_labels(labels, student, axis)
+    if where is not None:
+        where = jnp.broadcast_to(where, student.shape)
+    hard = optax.softmax_cross_entropy_with_integer_labels(
+        student.astype(jnp.float32), labels, axis=axis, where=where
+    )
+    return alpha * soft + (1 - alpha) * hard
