@@ -72,7 +72,7 @@ FEW = [
 ]
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("form", FEW)
 @pytest.mark.parametrize(
     "equation", ["bi,io->bo", "io,bi->ob", "bo,io->bi", "io,bo->ib", "i,io->o", "io,io->", "ab,io->abio"]
@@ -114,7 +114,7 @@ def test_any_contraction_with_batch_axes(order, n_batch, n_contract, form, leaf_
     same(lambda w, x: jnp.einsum(equation, *((w, x) if leaf_first else (x, w))), leaf, x)
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("form", [*FEW, "low rank"])
 @pytest.mark.parametrize(
     ("layout", "groups", "options"),
@@ -143,7 +143,7 @@ def test_convolutions(form, layout, groups, options):
     same(fn, leaf, normal([sizes[c] for c in layout[0]], 1))
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("form", SPECS)
 @pytest.mark.parametrize("mode", ["fill", "clip", "wrap", "custom"])
 def test_look_ups(form, mode):
@@ -174,14 +174,14 @@ STRUCTURAL = {
 }
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("form", ["int8", "uint3 affine", "int4 last axis", "sparse", "codebook"])
 @pytest.mark.parametrize("name", STRUCTURAL)
 def test_structure_is_exact(form, name):
     same(STRUCTURAL[name], SPECS[form](normal((2, 6, 4))), exact=name != "norm")
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("form", ["int8", "sparse", "low rank", "codebook"])
 def test_narrow_leaves(dtype, form):

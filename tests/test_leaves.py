@@ -29,7 +29,7 @@ def leaf(request):
     return FORMS[request.param](W)
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 def test_shape_dtype_and_sizes_are_those_of_the_dense_array(leaf):
     dense = leaf.materialize()
     assert leaf.shape == dense.shape == W.shape

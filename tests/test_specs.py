@@ -82,7 +82,7 @@ SPECS = [
 ]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 def test_specs_run_under_jit_and_vmap(spec):
     dense = spec(W).materialize()
@@ -97,7 +97,7 @@ def test_specs_run_under_jit_and_vmap(spec):
     )  # fmt: skip
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 def test_a_stack_is_compressed_weight_by_weight(spec):
     stack = jnp.stack([W, 5 * W[::-1], jnp.zeros_like(W)])
@@ -107,7 +107,7 @@ def test_a_stack_is_compressed_weight_by_weight(spec):
         np.testing.assert_allclose(leaf.materialize()[i], spec(stack[i]).materialize(), atol=1e-5)
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 def test_half_precision_leaves_keep_their_dtype(spec, dtype):
@@ -117,7 +117,7 @@ def test_half_precision_leaves_keep_their_dtype(spec, dtype):
     np.testing.assert_allclose(leaf.materialize().astype(jnp.float32), wide, atol=0.05)
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("spec", [*SPECS[:5], jc.Codebook(3), *SPECS[7:8]], ids=repr)
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 1, 1)])
 def test_leaves_of_one_value(spec, shape):
@@ -141,7 +141,7 @@ def test_equal_shapes_and_specs_compile_once():
     assert count() == before + 2
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("n", [1, 8, 13, 64, 100])
 def test_bytes_of_packed_codes_are_exact(bits, n):
@@ -178,7 +178,7 @@ def round_to_codes(w, top, axis):
     return codes, (codes.astype(np.float32) * scale).astype(np.float32)
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("axis", [0, 1, (0, 1)])
 def test_symmetric_codes_are_numpys(bits, axis):
@@ -265,7 +265,7 @@ def test_codebook_is_scikit_learns_from_the_same_start():
     assert error == pytest.approx(reference.inertia_, rel=1e-4)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("follow", [jc.Quantize("int4", group_size=16), jc.Codebook(3)], ids=repr)
 @pytest.mark.parametrize("prune", [jc.Prune(0.5), jc.Prune(0.97), jc.Prune(0.5, pattern="2:4")])
 def test_a_pruned_zero_stays_exactly_zero(follow, prune, tmp_path):

@@ -38,7 +38,7 @@ def equations(jaxpr):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.thin(3)
+@pytest.mark.thin(6)
 def test_the_value_is_the_sum_rounded_once(base, dtype):
     leaf = leaf_of(base, dtype)
     dense = leaf.base if base == "dense" else leaf.base.materialize()

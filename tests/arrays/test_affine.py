@@ -108,7 +108,7 @@ CASES = [
 ]
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize(("fmt", "symmetric", "group_size"), CASES)
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_codes_match_numpy_exactly_compiled_or_not(fmt, symmetric, group_size, axis):

@@ -45,7 +45,7 @@ def test_period_is_the_shortest_run_that_ends_on_a_byte(bits):
     assert all(k * bits % 8 for k in range(1, p))
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("blocks", [None, 3])
 def test_layout_matches_the_bit_loop(bits, blocks):

@@ -57,7 +57,7 @@ def heavy(form, fn):
     return pytest.param(form, fn, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @cpu_only
 @pytest.mark.parametrize(
     ("form", "fn"), [heavy(form, fn) for form in FORMS for fn in (unrolled, decode, fan_out)]
@@ -94,7 +94,7 @@ def test_scanned_stack_is_sliced_before_it_is_expanded():
     assert temporaries(jc.compressed(scanned), small, x) <= 4 * LEAF + 64 * x.nbytes
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_forward_is_the_dense_one_bit_for_bit(form, batch):

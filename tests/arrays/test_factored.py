@@ -71,7 +71,7 @@ def near(found, leaf, run):
 
 
 @pytest.mark.parametrize("name", MATRICES)
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 def test_products_with_a_matrix(name):
     leaf = leaf_of(MATRICES[name])
     near(leaf.materialize(), leaf, lambda w, absolute=False: w)
@@ -109,7 +109,7 @@ WINDOWS = {
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.thin(3)
+@pytest.mark.thin(6)
 def test_convolutions(name, window):
     leaf = leaf_of(KERNELS[name])
     x = np.random.default_rng(1).normal(size=(2, 9, 8, 8)).astype(np.float32)

@@ -74,7 +74,7 @@ def test_nf4_has_the_quantiles_it_is_named_for():
     np.testing.assert_allclose(code_format("nf4").values(), table, atol=1e-6)
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_are_those_of_the_nearest_value(name):
     fmt = code_format(name)

@@ -69,7 +69,7 @@ def close(y, expected, scale, terms):
     np.testing.assert_allclose(y, expected, rtol=0, atol=8 * terms * EPS * scale)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("make", MAKERS)
 def test_the_function_is_that_of_the_dense_weight(make):
     leaf, x = MAKERS[make](normal(12, 8)), normal(5, 12, seed=1)
@@ -91,7 +91,7 @@ def test_gradients_of_inputs_are_those_of_the_dense_weight(make):
     close(jax.grad(jc.compressed(loss), 1)(leaf, x), jax.grad(loss, 1)(dense, x), scale, 20)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("make", ["scaled", "scaled int8", "rotated", "rotated int4", "both"])
 def test_stacked_leaves_are_sliced_by_scan_and_vmap(make):
     leaf = jax.vmap(MAKERS[make])(normal(3, 8, 8))
@@ -113,7 +113,7 @@ def test_one_scan_slices_what_it_runs_over():
     assert "f32[3,8,8]" not in jaxpr  # the stack is never expanded
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("make", ["scaled int8", "rotated", "both"])
 def test_dtypes(make, dtype):
@@ -146,7 +146,7 @@ def test_a_cast_to_bfloat16_stays_small(make):
     assert leaf.astype(jnp.int8) is None
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("make", ["scaled", "scaled int8", "rotated"])
 def test_convolutions(make, groups):
@@ -188,7 +188,7 @@ def test_a_power_of_two_is_the_matrix_of_scipy(n):
     np.testing.assert_allclose(hadamard.transform(jnp.eye(n)), expected, atol=4 * EPS)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("n", [12, 20, 24, 96, 384, 44, 160])
 def test_lengths_of_one_block_mix_all_inputs_evenly(n):
     blocks, order, power = hadamard.factors(n)

@@ -60,7 +60,7 @@ def test_exponents_are_coded_apart_from_mantissas():
     assert len(data) <= 1.001 * bits * array.size / 8 + 200
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7])
 @pytest.mark.parametrize(
     ("shape", "axis"), [((24, 5), -2), ((30, 7), -1), ((2, 37, 3), -2), ((0, 4), -1), ((3, 64), -1)]
@@ -95,7 +95,7 @@ def index_of(spec, w):
     return np.asarray(leaf.index.words), leaf.layouts()["index"], leaf
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("w", [W, W[:23, :30], jnp.stack([W[:32], W[32:64]]), W[0]])
 @pytest.mark.parametrize(
     "spec",

@@ -255,7 +255,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.thin(3)
+@pytest.mark.thin(6)
 def test_every_kind_of_kernel_loses_least_on_what_was_observed(name):
     shape, fn, inputs = LAYERS[name]
     params = {"w": normal(0, *shape)}

@@ -59,7 +59,7 @@ EXACT = {
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("lead", [(), (2,)], ids=["one", "stack"])
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 def test_what_has_the_form_is_found(name, lead):
     spec, expression, sizes = EXACT[name]
     dense = planted(expression, sizes, lead)

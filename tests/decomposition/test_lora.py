@@ -47,7 +47,7 @@ RULES = {"**/kernel": QLORA}
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("before", [None, NF4, jc.Prune(0.5), jc.LowRank(2)])
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 def test_at_first_the_function_is_what_it_was_exactly(dtype, before):
     """The change is zero, and what is added of it is zero, whatever the base and the dtype."""
     w, x = normal(0, 16, 12).astype(dtype), normal(1, 5, 16).astype(dtype)

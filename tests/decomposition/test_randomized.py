@@ -40,7 +40,7 @@ def excess(w, product, rank):
 
 
 @pytest.mark.parametrize("kind", SPECTRA)
-@pytest.mark.thin(3)
+@pytest.mark.thin(6)
 def test_error_is_within_1e_5_of_the_least(kind):
     w = matrix(N, N, SPECTRA[kind](N))
     u, s, vt = (np.asarray(x, np.float64) for x in solve(jnp.asarray(w)))
@@ -54,7 +54,7 @@ def test_error_is_within_1e_5_of_the_least(kind):
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(30, 20, 20), (20, 30, 7), (1, 5, 1), (9, 1, 1)])
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 def test_small_matrices_and_full_rank(m, n, rank):
     w = matrix(m, n, np.linspace(2, 1, min(m, n)))
     u, s, vt = svd(jnp.asarray(w), rank)

@@ -24,7 +24,7 @@ def planted(seed, m, n, rank, noise):
     ("m", "n", "rank", "noise"),
     [(40, 60, 5, 0.3), (60, 40, 0, 1.0), (30, 300, 10, 0.5), (80, 80, 12, 1.0), (64, 48, 1, 1e-3)],
 )
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 def test_a_planted_rank_is_found_and_so_is_the_noise(seed, m, n, rank, noise):
     w = planted(seed, m, n, rank, noise)
     found = vbmf(w)

@@ -140,7 +140,7 @@ def test_no_iteration_of_low_rank_plus_sparse_is_worse(seed):
     np.testing.assert_allclose(error(w, got.materialize()), errors[-1], rtol=1e-3)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "spec",

@@ -220,7 +220,7 @@ def test_budgets_are_met_and_nearly_used():
         P.fit_masks(at, P.count_kept, -1)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("pattern", [None, "block:4x3", "vector", "channel", "filter", "2:4@-1"])
 def test_prune_in_units_stores_what_stays(pattern):
     w = jax.random.normal(jax.random.key(0), (2, 6, 10))

@@ -73,7 +73,7 @@ def test_top_mask_keeps_exactly_the_rounded_count(w, sparsity):
     np.testing.assert_array_equal(mask, reference_mask(w, k))
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (4, 8), (3, 5), (4, 4), (1, 1)])
 @pytest.mark.parametrize("axis", [-1, -2, 0])
 def test_n_of_m_against_brute_force(n, m, axis):
@@ -111,7 +111,7 @@ def sizes(sparsities, fast):
     return [s if s in fast else pytest.param(s, marks=pytest.mark.slow) for s in sparsities]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("shape", [(64, 100), pytest.param((37, 23), marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "sparsity",
@@ -130,7 +130,7 @@ def test_the_smaller_of_bit_mask_and_gaps_is_chosen(shape, sparsity):
     np.testing.assert_array_equal(leaf.mask(), mask)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("place", [0, 1, 254, 255, 256, 4095, 99_999])
 def test_gaps_longer_than_every_code(place):
     w = jnp.zeros(100_000).at[place].set(2.0)

@@ -193,7 +193,7 @@ INNER = {
 }
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize(
     ("inner", "dtype"), [(i, jnp.float32) for i in INNER] + [("fake int8", jnp.bfloat16)]
 )

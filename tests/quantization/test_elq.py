@@ -16,7 +16,7 @@ def weight(*shape):
     return RNG.normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("ternary", jnp.float32), ("ternary", jnp.bfloat16), ("pow2_4", jnp.float32)],

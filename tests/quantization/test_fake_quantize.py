@@ -29,7 +29,7 @@ def as_stored(spec):
     return jc.Quantize(spec.format, **{name: getattr(spec, name) for name in names})
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

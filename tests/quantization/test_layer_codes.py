@@ -159,7 +159,7 @@ def test_one_and_two_inputs():
 SLOW_UINT3 = [INT4, pytest.param(UINT3, marks=pytest.mark.slow)]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", list(SOLVERS))
 @pytest.mark.parametrize("spec", SLOW_UINT3, ids=["int4", "uint3"])
 def test_better_than_nearest_and_what_the_codes_say(name, spec):

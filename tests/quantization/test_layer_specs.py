@@ -55,7 +55,7 @@ STATS = {
 AXES = {"out/kernel": KernelAxes((-3, -2), (-1,))}
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", ["plain", "out", "conv", "stack"])
 def test_every_kind_of_kernel(name):
     part, path = {name: PARAMS[name]}, f"{name}/kernel"

@@ -34,7 +34,7 @@ def error(w, leaf):
     return float(jnp.sum((w - leaf.materialize()) ** 2))
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", FORMATS)
 def test_fake_and_stored_values_are_the_same_bits(name, dtype):
@@ -52,7 +52,7 @@ def test_fake_and_stored_values_are_the_same_bits(name, dtype):
         assert not np.any(values[:, 3])
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", ["binary", "fp6_e3m2", "nf4", "nvfp4", "mxfp4", "blocks"])
 def test_leaves_move_loop_and_save(name, tmp_path):
     spec = jc.Quantize("int4", group_size=(8, 4)) if name == "blocks" else jc.Quantize(name)

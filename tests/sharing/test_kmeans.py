@@ -44,7 +44,7 @@ def draw(kind, n=20_000):
 KINDS = ["normal", "uniform", "duplicates", "outliers", "offset"]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_iteration_is_exact_to_float32(kind):
     values = draw(kind)

@@ -190,7 +190,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimizer(name):
     params = small_params()
