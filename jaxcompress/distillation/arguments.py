@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,45 @@ def positive(name: str, value: float | jax.Array, example: float) -> jax.Array:
     if not isinstance(value, jax.core.Tracer) and not 0 < float(value) < np.inf:
         raise CompressError(f"{name}={value}: write a positive number, such as {example}")
     return jnp.asarray(value, jnp.float32)
+
+
+def share(name: str, value: float | jax.Array, of: str) -> jax.Array:
+    """One number from 0 to 1 in float32; a traced one is taken as it is. `of` says of what.
+
+    Raises:
+      CompressError: for an array of several, or a number outside of 0 to 1.
+    """
+    if np.ndim(value):
+        raise CompressError(f"{name} has the shape {np.shape(value)}: write one number")
+    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) <= 1:
+        raise CompressError(f"{name}={value}: write the share of {of}, from 0 to 1")
+    return jnp.asarray(value, jnp.float32)
+
+
+def stacked(arrays: jax.Array | Sequence[jax.Array], whose: str, least: int = 1) -> jax.Array:
+    """What several models give, along a leading axis, in float32.
+
+    Args:
+      arrays: stacked already, or one for each model, all of one shape.
+      whose: `students` or `teachers`, for the message.
+      least: how many there must be.
+
+    Raises:
+      CompressError: for shapes that differ, too few, or scalars.
+    """
+    if hasattr(arrays, "shape"):
+        count, each = (arrays.shape[:1] or (0,))[0], arrays.shape[1:]
+        shapes = [each] * count
+    else:
+        shapes = [jnp.shape(x) for x in arrays]
+    if len(shapes) < least or len(set(shapes)) != 1:
+        raise CompressError(
+            f"{whose} of shapes {shapes}: give {least} or more of one shape, stacked or in a list"
+        )
+    if not shapes[0]:
+        raise CompressError(f"{whose} need an axis of their own; these are scalars")
+    whole = arrays if hasattr(arrays, "shape") else jnp.stack(list(arrays))
+    return jnp.asarray(whole, jnp.float32)
 
 
 def log_p(
