@@ -128,6 +128,30 @@ def jitter(key: jax.Array, images: jax.Array, most: int, *, flip: bool = False) 
     return jnp.where(turned, jnp.flip(images, -2), images)
 
 
+class InversionState(NamedTuple):
+    """Where an inversion is.
+
+    Attributes:
+      inputs: as they are by now, float32.
+      optimizer: the state of the optimizer.
+    """
+
+    inputs: jax.Array
+    optimizer: Any
+
+
+class Inversion(NamedTuple):
+    """A pair of pure functions, as in optax.
+
+    Attributes:
+      init: `init(inputs) -> state`.
+      step: `step(state, key) -> (state, loss)`, the loss before the step.
+    """
+
+    init: Callable[[jax.Array], InversionState]
+    step: Callable[[InversionState, jax.Array], tuple[InversionState, jax.Array]]
+
+
 class Inverted(NamedTuple):
     """What `invert` found.
 
@@ -138,6 +162,56 @@ class Inverted(NamedTuple):
 
     inputs: jax.Array
     losses: jax.Array
+
+
+def inversion(
+    loss: Callable[[jax.Array, jax.Array], jax.Array],
+    optimizer: optax.GradientTransformation,
+    *,
+    low: float | jax.Array | None = None,
+    high: float | jax.Array | None = None,
+) -> Inversion:
+    """The step of `invert`, for loops of one's own.
+
+    On CPUs XLA takes gradients of convolutions several times slower inside a loop than outside:
+    there jit the step and call it from Python.
+
+    Args:
+      loss: `loss(inputs, key) -> number`.
+      optimizer: of the inputs.
+      low: what inputs are held above, broadcastable to them; None: nothing.
+      high: what inputs are held below.
+
+    Returns:
+      Two pure functions; the step raises a CompressError for a loss that is no scalar.
+
+    References:
+      As `invert`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> init, step = inversion(lambda x, key: jnp.sum(x**2), optax.sgd(0.25))
+      >>> state, value = jax.jit(step)(init(jnp.array([4.0])), jax.random.key(0))
+      >>> float(value), state.inputs.tolist()
+      (16.0, [2.0])
+    """
+
+    def init(inputs: jax.Array) -> InversionState:
+        inputs = jnp.clip(jnp.asarray(inputs, jnp.float32), low, high)
+        return InversionState(inputs, optimizer.init(inputs))
+
+    def step(state: InversionState, key: jax.Array) -> tuple[InversionState, jax.Array]:
+        out: jax.ShapeDtypeStruct = jax.eval_shape(loss, state.inputs, key)
+        if out.shape != ():
+            raise CompressError(
+                f"the loss has shape {out.shape}; return one number, such as its jnp.mean"
+            )
+        value, grad = jax.value_and_grad(loss)(state.inputs, key)
+        updates, later = optimizer.update(grad, state.optimizer, state.inputs)
+        inputs = optax.apply_updates(state.inputs, updates)
+        return InversionState(jnp.clip(inputs, low, high), later), value
+
+    return Inversion(init, step)
 
 
 def invert(
@@ -155,7 +229,8 @@ def invert(
 
     DeepInversion is this with the loss `H(labels, logits) + a batch_norm_loss(...) + b
     total_variation(...) + c |x|**2`, and `competition` in its adaptive form. Wrapped in `jax.jit`
-    as a function of the key it compiles once for many batches.
+    as a function of the key it compiles once for many batches. See `inversion` for convolutions on
+    CPUs.
 
     Args:
       key: for the start, and one of its own for each step.
@@ -187,17 +262,6 @@ def invert(
     x = jax.random.normal(begin, shape) if start is None else jnp.asarray(start, jnp.float32)
     if x.shape != tuple(shape):
         raise CompressError(f"a start {x.shape} for inputs of shape {tuple(shape)}")
-    out: jax.ShapeDtypeStruct = jax.eval_shape(loss, x, each)
-    if out.shape != ():
-        raise CompressError(f"the loss has shape {out.shape}; return one number, such as its mean")
-
-    def step(carry: tuple[jax.Array, optax.OptState], key: jax.Array) -> tuple[Any, jax.Array]:
-        x, state = carry
-        value, grad = jax.value_and_grad(loss)(x, key)
-        updates, state = optimizer.update(grad, state, x)
-        x = optax.apply_updates(x, updates)
-        return (jnp.clip(x, low, high), state), value
-
-    start_with = (jnp.clip(x, low, high), optimizer.init(x))
-    (x, _), losses = jax.lax.scan(step, start_with, jax.random.split(each, steps))
-    return Inverted(x, losses)
+    init, step = inversion(loss, optimizer, low=low, high=high)
+    state, losses = jax.lax.scan(step, init(x), jax.random.split(each, steps))
+    return Inverted(state.inputs, losses)
