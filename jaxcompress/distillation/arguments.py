@@ -36,32 +36,6 @@ def fixed(teacher: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(teacher).astype(jnp.float32)
 
 
-def positive(name: str, value: float | jax.Array, example: float) -> jax.Array:
-    """One positive number in float32; a traced one is taken as it is.
-
-    Raises:
-      CompressError: for an array of several, or a number that is not positive and finite.
-    """
-    if np.ndim(value):
-        raise CompressError(f"{name} has the shape {np.shape(value)}: write one number")
-    if not isinstance(value, jax.core.Tracer) and not 0 < float(value) < np.inf:
-        raise CompressError(f"{name}={value}: write a positive number, such as {example}")
-    return jnp.asarray(value, jnp.float32)
-
-
-def share(name: str, value: float | jax.Array, of: str) -> jax.Array:
-    """One number from 0 to 1 in float32; a traced one is taken as it is. `of` says of what.
-
-    Raises:
-      CompressError: for an array of several, or a number outside of 0 to 1.
-    """
-    if np.ndim(value):
-        raise CompressError(f"{name} has the shape {np.shape(value)}: write one number")
-    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) <= 1:
-        raise CompressError(f"{name}={value}: write the share of {of}, from 0 to 1")
-    return jnp.asarray(value, jnp.float32)
-
-
 def stacked(arrays: jax.Array | Sequence[jax.Array], whose: str, least: int = 1) -> jax.Array:
     """What several models give, along a leading axis, in float32.
 
@@ -86,6 +60,37 @@ def stacked(arrays: jax.Array | Sequence[jax.Array], whose: str, least: int = 1)
         raise CompressError(f"{whose} need an axis of their own; these are scalars")
     whole = arrays if hasattr(arrays, "shape") else jnp.stack(list(arrays))
     return jnp.asarray(whole, jnp.float32)
+
+
+def positive(name: str, value: float | jax.Array, example: float) -> jax.Array:
+    """One positive number in float32; a traced one is taken as it is.
+
+    Raises:
+      CompressError: for an array of several, or a number that is not positive and finite.
+    """
+    if np.ndim(value):
+        raise CompressError(f"{name} has the shape {np.shape(value)}: write one number")
+    if not isinstance(value, jax.core.Tracer) and not 0 < float(value) < np.inf:
+        raise CompressError(f"{name}={value}: write a positive number, such as {example}")
+    return jnp.asarray(value, jnp.float32)
+
+
+def share(name: str, value: float | jax.Array, *, ends: bool = True) -> jax.Array:
+    """One number from 0 to 1 in float32, with or without the ends; a traced one as it is.
+
+    Raises:
+      CompressError: for an array of several, or a number outside.
+    """
+    if np.ndim(value):
+        raise CompressError(f"{name} has the shape {np.shape(value)}: write one number")
+    if not isinstance(value, jax.core.Tracer):
+        inside = 0 <= float(value) <= 1 if ends else 0 < float(value) < 1
+        if not inside:
+            raise CompressError(
+                f"{name}={value}: write a number from 0 to 1"
+                + ("" if ends else ", without 0 and 1 themselves")
+            )
+    return jnp.asarray(value, jnp.float32)
 
 
 def log_p(

@@ -103,7 +103,7 @@ def kdgan_discriminator(
             f"judgements of true labels {real.shape}, of the classifier's {classifier.shape} and "
             f"of the teacher's {teacher.shape} differ in shape"
         )
-    alpha = share("alpha", alpha, "the classifier")
+    alpha = share("alpha", alpha)
     real, classifier, teacher = (x.astype(jnp.float32) for x in (real, classifier, teacher))
     made = alpha * jax.nn.softplus(classifier) + (1 - alpha) * jax.nn.softplus(teacher)
     return jax.nn.softplus(-real) + made
@@ -150,6 +150,6 @@ def kdgan_generator(
     """
     if judged.shape != own.shape[:-1]:
         raise CompressError(f"judgements {judged.shape} of logits {own.shape}; give one for each")
-    alpha = share("alpha", alpha, "this one")
+    alpha = share("alpha", alpha)
     fooled = -alpha * jax.nn.softplus(judged.astype(jnp.float32))
     return fooled + weight * soft_targets(own, other, temperature=temperature)

@@ -37,7 +37,7 @@ def small_losses(
       >>> small_losses(jnp.array([3.0, 1.0, 2.0, 4.0]), 0.5).tolist()
       [False, True, True, False]
     """
-    keep = share("keep", keep, "examples to learn from")
+    keep = share("keep", keep)
     losses = jax.lax.stop_gradient(losses)
     counts = True if where is None else where
     counts = jnp.broadcast_to(jnp.asarray(counts, bool), losses.shape)

@@ -164,7 +164,7 @@ def annealed_targets(
       >>> annealed_targets(jnp.array([0]), jnp.zeros((1, 2)), 0.5).tolist()
       [[0.75, 0.25]]
     """
-    progress = share("progress", progress, "the way")
+    progress = share("progress", progress)
     temperature = positive("temperature", temperature, 2.0)
     if labels.shape == teacher.shape[:-1]:
         labels = jax.nn.one_hot(labels, teacher.shape[-1])

