@@ -134,7 +134,7 @@ def test_a_small_generator_against_torch():
             adversarial=0.5, kind="least_squares",
         )  # fmt: skip
 
-    value, pull = jax.vjp(loss, images, own, judged, target)
+    value, pull = jax.vjp(jax.jit(loss), images, own, judged, target)
     grads = pull(jnp.ones(3))
     i, o, j = (torch.tensor(np.asarray(x), requires_grad=True) for x in (images, own, judged))
     f = torch.nn.functional

@@ -160,22 +160,21 @@ def test_competition_by_its_definition():
         return 1 - (kl(p) + kl(q)) / 2
 
     a, b = normal(10, (4, 5)) * 3, normal(11, (4, 5)) * 3
-    found = competition(a, b, temperature=2.0)
+    compete = jax.jit(competition)
+    found = compete(a, b, temperature=2.0)
     np.testing.assert_allclose(found, reference(a, b, 2.0), rtol=1e-5)
-    np.testing.assert_allclose(found, competition(b, a, temperature=2.0), rtol=1e-6)
+    np.testing.assert_allclose(found, compete(b, a, temperature=2.0), rtol=1e-6)
     sure = jnp.array([[0.0, -jnp.inf]])
-    value, grads = jax.value_and_grad(lambda a, b: competition(a, b).sum(), (0, 1))(
-        sure, sure[:, ::-1]
-    )
+    value, grads = jax.value_and_grad(lambda a, b: compete(a, b).sum(), (0, 1))(sure, sure[:, ::-1])
     assert float(value) == pytest.approx(1 - np.log(2), rel=1e-6)
     assert np.all(np.isfinite(grads))
-    of_both = jax.grad(lambda a, b: competition(a, b).sum(), (0, 1))(a, b)
+    of_both = jax.grad(lambda a, b: compete(a, b).sum(), (0, 1))(a, b)
     assert all(np.any(g) for g in of_both)
     # The input's gradient by finite differences, through both.
     x, d = normal(12, (4, 5)), normal(13, (4, 5))
     f = lambda x: reference(x, np.asarray(x) ** 2, 3.0).sum()
     slope = (f(x + 1e-3 * d) - f(x - 1e-3 * d)) / 2e-3
-    grad = jax.grad(lambda x: competition(x, x**2).sum())(x)
+    grad = jax.grad(lambda x: compete(x, x**2).sum())(x)
     np.testing.assert_allclose(jnp.sum(grad * d), slope, rtol=1e-3)
 
 

@@ -31,16 +31,17 @@ def softmax(x):
 @pytest.mark.parametrize("t", [0.1, 1.0, 4.0])
 def test_the_mean_of_probabilities(t):
     teachers, weights = logits(0), jnp.array([1.0, 2.0, 5.0])
-    found = teacher_ensemble(teachers, weights, temperature=t)
+    ensemble = jax.jit(teacher_ensemble)
+    found = ensemble(teachers, weights, temperature=t)
     wanted = sum(w / 8 * softmax(np.asarray(z) / t) for w, z in zip((1, 2, 5), teachers))
     # Logits of some hundreds at T = 0.1 are known to 1e-5.
     np.testing.assert_allclose(softmax(np.asarray(found) / t), wanted, rtol=2e-5, atol=1e-7)
     each = jnp.stack([jnp.full(4, w) for w in (1.0, 2.0, 5.0)])
-    np.testing.assert_allclose(teacher_ensemble(teachers, each, temperature=t), found, rtol=1e-6)
+    np.testing.assert_allclose(ensemble(teachers, each, temperature=t), found, rtol=1e-6)
     # As the teacher of a loss at that temperature it is the mean of the teachers.
     student = logits(1)[0]
     log_q = np.log(softmax(np.asarray(student) / t))
-    loss = soft_targets(student, found, temperature=t)
+    loss = jax.jit(soft_targets)(student, found, temperature=t)
     np.testing.assert_allclose(
         loss, t**2 * np.sum(wanted * (np.log(wanted + 1e-300) - log_q), -1), rtol=1e-4, atol=1e-6
     )
@@ -59,15 +60,14 @@ def test_the_mean_of_logits():
 def test_certain_teachers_and_weights_of_zero(average):
     certain = jnp.array([[0.0, -jnp.inf, -jnp.inf]])
     other = jnp.array([[1.0, 2.0, -jnp.inf]])
-    ensemble = lambda weights: teacher_ensemble([certain, other], weights, average=average)
+    ensemble = jax.jit(lambda weights: teacher_ensemble([certain, other], weights, average=average))
     np.testing.assert_allclose(ensemble([0.0, 1.0]), other if average == "logits" else
                                other - jax.nn.logsumexp(other), rtol=1e-6)  # fmt: skip
-    both = ensemble(None)
+    both = ensemble([1.0, 1.0])
     assert not np.any(np.isnan(both))
     assert both[0, 2] == -jnp.inf
-    grad = jax.grad(lambda s: soft_targets(s, both).sum())(jnp.zeros((1, 3)))
+    grad = jax.jit(jax.grad(lambda s: soft_targets(s, both).sum()))(jnp.zeros((1, 3)))
     assert np.all(np.isfinite(grad))
-    assert not np.any(jax.grad(lambda z: ensemble([1.0, 1.0]).sum() + 0 * z.sum())(other))
 
 
 def test_no_gradient_reaches_teachers():
