@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,32 @@ def pair(student: jax.Array, teacher: jax.Array, what: str) -> tuple[jax.Array, 
 def fixed(teacher: jax.Array) -> jax.Array:
     """What a teacher gives, in float32 and without a gradient."""
     return jax.lax.stop_gradient(teacher).astype(jnp.float32)
+
+
+def stacked(arrays: jax.Array | Sequence[jax.Array], whose: str, least: int = 1) -> jax.Array:
+    """What several models give, along a leading axis, in float32.
+
+    Args:
+      arrays: stacked already, or one for each model, all of one shape.
+      whose: `students` or `teachers`, for the message.
+      least: how many there must be.
+
+    Raises:
+      CompressError: for shapes that differ, too few, or scalars.
+    """
+    if hasattr(arrays, "shape"):
+        count, each = (arrays.shape[:1] or (0,))[0], arrays.shape[1:]
+        shapes = [each] * count
+    else:
+        shapes = [jnp.shape(x) for x in arrays]
+    if len(shapes) < least or len(set(shapes)) != 1:
+        raise CompressError(
+            f"{whose} of shapes {shapes}: give {least} or more of one shape, stacked or in a list"
+        )
+    if not shapes[0]:
+        raise CompressError(f"{whose} need an axis of their own; these are scalars")
+    whole = arrays if hasattr(arrays, "shape") else jnp.stack(list(arrays))
+    return jnp.asarray(whole, jnp.float32)
 
 
 def positive(name: str, value: float | jax.Array, example: float) -> jax.Array:

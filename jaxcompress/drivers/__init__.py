@@ -1,5 +1,12 @@
 """Drivers: methods that call the user's own training several times, and resume after a kill."""
 
+from jaxcompress.drivers.chain import (
+    ChainRound,
+    ChosenTeacher,
+    DistilledRound,
+    choose_teacher,
+    distil_chain,
+)
 from jaxcompress.drivers.early_bird import EarlyBird, EarlyBirdState, early_bird, mask_distance
 from jaxcompress.drivers.iterative import (
     PrunedRound,
@@ -13,7 +20,10 @@ from jaxcompress.drivers.layer_by_layer import CompressedRound, LayerRound, laye
 from jaxcompress.drivers.teacher_cache import TeacherCache, cache_teacher
 
 __all__ = [
+    "ChainRound",
+    "ChosenTeacher",
     "CompressedRound",
+    "DistilledRound",
     "EarlyBird",
     "EarlyBirdState",
     "LayerRound",
@@ -22,6 +32,8 @@ __all__ = [
     "TeacherCache",
     "Trained",
     "cache_teacher",
+    "choose_teacher",
+    "distil_chain",
     "early_bird",
     "iterative_pruning",
     "layer_by_layer",

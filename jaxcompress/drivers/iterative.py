@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcompress.drivers.rounds_folder import RoundsFolder, fingerprint, name_of
+from jaxcompress.drivers.trees import as_jax, checked, copied
 from jaxcompress.errors import SpecError
 from jaxcompress.progress import progress_bar
 from jaxcompress.pruning import scores as scoring
@@ -146,7 +146,7 @@ def iterative_pruning(
     plan = [Round(k, share, rewind) for k, share in enumerate(shares(sparsity, rounds))]
     if rewind not in REWINDS:
         raise SpecError(f"rewind={rewind!r}: write one of {', '.join(REWINDS)}")
-    params = _arrays(params)
+    params = as_jax(params)
 
     def masks_at(scores: Any, share: float) -> Any:
         found = make_masks(scores, share, rules, scope=scope, allocation=allocation, axes=axes)
@@ -191,7 +191,7 @@ def _rounds(
                     found = masks_at(below_all(score(last), masks), now.sparsity)
                     masks = _both(found, masks)
                 start = apply_masks(point if now.rewind == "weights" else last, masks)
-                trained, early = _trained(train(_copied(start), masks, now), params, now.number)
+                trained, early = _trained(train(copied(start), masks, now), params, now.number)
                 trained = apply_masks(trained, masks)
                 if store is not None:
                     store.write(now.number, trained, masks, early)
@@ -299,35 +299,13 @@ def learning_rate_rewinding(
     )  # fmt: skip
 
 
-def _arrays(tree: Any) -> Any:
-    """Numpy arrays as jax has them, as they come back from a folder."""
-    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, tree)
-
-
-def _copied(tree: Any) -> Any:
-    """Arrays of their own, which a training may donate to its first step."""
-    return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, tree)
-
-
 def _trained(found: Any, params: Any, number: int) -> tuple[Any, Any]:
     early = None
     if isinstance(found, Trained):
         if number:
             raise SpecError(f"train returned Trained in round {number}; only round 0 has an early")
         found, early = found
-    shapes = lambda tree: [_kind(x) for x in jax.tree.leaves(tree)]
-    wanted: Any = jax.tree.structure(params)
-    for tree in (found,) if early is None else (found, early):
-        if wanted != jax.tree.structure(tree) or shapes(tree) != shapes(params):
-            raise SpecError(
-                f"train returned another tree in round {number} than it was given; return the "
-                "params, in their structure, shapes and dtypes"
-            )
-    return _arrays(found), None if early is None else _arrays(early)
-
-
-def _kind(leaf: Any) -> Any:
-    return type(leaf) if isinstance(leaf, str) else (jnp.shape(leaf), jnp.result_type(leaf))
+    return checked(found, params, number), None if early is None else checked(early, params, number)
 
 
 def _both(found: Any, before: Any) -> Any:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays.base import is_compressed
 from jaxcompress.compress import Stats, compress
 from jaxcompress.drivers.rounds_folder import RoundsFolder, fingerprint
+from jaxcompress.drivers.trees import as_jax, checked, copied
 from jaxcompress.errors import SpecError
 from jaxcompress.progress import progress_bar
 from jaxcompress.rules import KernelAxes, escape, flatten, match
@@ -111,7 +111,7 @@ def layer_by_layer(
         raise SpecError("params hold compressed leaves already, which a folder does not keep")
     rules = [dict(each) for each in rules]
     plan = _plan(params, rules)
-    params = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, params)
+    params = as_jax(params)
     store = None
     if folder is not None:
         settings = {
@@ -169,27 +169,8 @@ def _rounds(
                 exact = {escape(path): spec for path, spec in specs.items()}
                 small = compress(params, exact, key=mine, axes=axes, stats=stats)
                 told = LayerRound(number, tuple(specs), number == len(plan))
-                params = _checked(train(_copied(small), told), small, number)
+                params = checked(train(copied(small), told), small, number)
                 if store is not None:
                     store.write(number, params, nothing, None)
             advance(", ".join(specs))
             yield CompressedRound(number, tuple(specs), params)
-
-
-def _copied(tree: Any) -> Any:
-    """Arrays of their own, which a training may donate to its first step."""
-    return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, tree)
-
-
-def _checked(found: Any, given: Any, number: int) -> Any:
-    kinds = lambda tree: [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
-    wanted: Any = jax.tree.structure(given)
-    if wanted != jax.tree.structure(found) or kinds(found) != kinds(given):
-        raise SpecError(
-            f"train returned another tree in round {number} than it was given; return the params, "
-            "in their structure, shapes and dtypes"
-        )
-    return jax.tree.map(
-        lambda x: x if is_compressed(x) or not isinstance(x, np.ndarray) else jnp.asarray(x),
-        found, is_leaf=is_compressed,
-    )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def fingerprint(tree: Any) -> str:
       SpecError: for a leaf that is no array, key, number or text.
     """
     crc = 0
-    for path, leaf in flatten(tree)[0]:
+    for path, leaf in _parts(tree):
         kind, x = _described(path, leaf)
         crc = zlib.crc32(f"{path!r} {kind}{x.shape}{x.dtype}".encode(), crc)
         crc = zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data, crc)
@@ -77,8 +77,8 @@ class RoundsFolder:
     ) -> None:
         self._folder = Path(folder)
         self._settings = json.loads(json.dumps(settings))
-        self._structure: Any = jax.tree.structure(params)
-        self._leaves = jax.tree.leaves(params)
+        self._structure: Any = jax.tree.structure(params, is_leaf=is_compressed)
+        self._leaves = jax.tree.leaves(params, is_leaf=is_compressed)
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._files():
             self._check(path)
@@ -148,6 +148,17 @@ def _number_of(path: Path) -> int:
     """The number in the name of a round, -1 for the name of something else."""
     digits = path.stem.removeprefix("round-")
     return int(digits) if digits.isdecimal() and digits.isascii() else -1
+
+
+def _parts(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves with their paths, and of a compressed one the form and then the arrays."""
+    for path, leaf in flatten(tree)[0]:
+        if is_compressed(leaf):
+            arrays, form = jax.tree.flatten(leaf)
+            yield path, str(form)
+            yield from ((f"{path}.{i}", x) for i, x in enumerate(arrays))
+        else:
+            yield path, leaf
 
 
 def _is_key(leaf: Any) -> bool:
