@@ -36,7 +36,7 @@ from assets import AssetError, fetch
 
 from common import Row, row  # isort: skip
 
-DATA, SEEDS, BATCH, EPOCHS = ("fashion-mnist", "mnist-full"), (0, 1, 2), 200, 6
+DATA, SEEDS, BATCH, EPOCHS = ("fashion-mnist", "mnist-full"), (0, 1, 2), 200, 4
 TEACHER_EPOCHS, FEW = 4, 600
 STUDENT, TEACHER = (8, 16), (32, 64)
 LAYERS = ("before0", "before1")  # what is tapped: the last of each size, before its rectifier

@@ -30,9 +30,15 @@ from _mnist import Digits, load
 from assets import AssetError
 from rich.console import Console
 
-from jaxcompress.distillation import soft_targets
-from jaxcompress.distillation.batch_norms import batch_norm_loss, stored_moments, with_norm_moments
-from jaxcompress.distillation.inversion import inversion, jitter, total_variation
+from jaxcompress.distillation import (
+    batch_norm_loss,
+    inversion,
+    jitter,
+    soft_targets,
+    stored_moments,
+    total_variation,
+    with_norm_moments,
+)
 
 BATCH = 100
 

@@ -28,10 +28,14 @@ from assets import fetch
 from rich.console import Console
 from rich.table import Table
 
-from jaxcompress.distillation.divergences import reverse_kl
-from jaxcompress.distillation.logits import soft_targets
-from jaxcompress.distillation.on_policy import on_policy_tokens, sample_sequences
-from jaxcompress.distillation.sequences import forced_logits, word_level
+from jaxcompress.distillation import (
+    forced_logits,
+    on_policy_tokens,
+    reverse_kl,
+    sample_sequences,
+    soft_targets,
+    word_level,
+)
 
 LENGTH, BATCH = 64, 64
 Loss = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
