@@ -1,12 +1,12 @@
 """ResNet-8 on Fashion-MNIST at half the multiplications: accuracy and forward time.
 
-    python benchmarks/factored.py [--quick]
+    python benchmarks/factored.py [--quick] [--untrained]
 
 First single layers of its shapes, then the network, its 3x3 kernels as filters of 3x1 and 1x3 that
 are trained on (see `examples/factorize.py`). Operations are what the compiler counts for the whole
 forward pass. The network that is trained is twice as wide as usual: kernels of 8 channels, half of
-the usual 16, take XLA:CPU as long as those of 16, since its products fill vectors of 16 floats, and
-the time of the usual width, with values that are not trained, is a row that says so.
+the usual 16, take XLA:CPU as long as those of 16, since its products fill vectors of 16 floats.
+Times do not depend on the values: `--untrained` gives them for both widths without the training.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def network(quick: bool) -> list[Row]:
     model, data = ResNet8(WIDE), load(fetch("fashion-mnist"))
     epochs, tuned = (1, 1) if quick else (5, 3)
     with tempfile.TemporaryDirectory() as folder:
-        rows, dense, small = factorize.compare(
+        rows, *_ = factorize.compare(
             model, data, Path(folder), epochs=epochs, tuned=tuned, form="separable"
         )
     before, after = rows[0], rows[-1]
@@ -99,23 +99,24 @@ def network(quick: bool) -> list[Row]:
             f"{what}: test error, Fashion-MNIST", 100 - after["accuracy"], "dense + 0.5 points",
             100 - before["accuracy"] + 0.5, at_most=1, unit="%",
         ),
-        *forward(what, model, dense, small, quick),
     ]  # fmt: skip
 
 
-def usual(quick: bool) -> list[Row]:
-    """Time of the network of the usual width."""
-    model, found = ResNet8(USUAL), []
-    dense = model.init(jax.random.key(0), jax.numpy.zeros((1, 784)))
-    for form in factorize.FORMS:
+def untrained(quick: bool) -> list[Row]:
+    """Times of both widths."""
+    found = []
+    for widths, form in ((USUAL, "tucker"), (USUAL, "separable"), (WIDE, "separable")):
+        model = ResNet8(widths)
+        dense = model.init(jax.random.key(0), jax.numpy.zeros((1, 784)))
         small = jc.compress(dense, factorize.rules(model, form, factorize.SHARE))
-        found += forward(f"ResNet-8 of 16 to 64 channels, {form}", model, dense, small, quick)
+        what = f"ResNet-8 of {widths[0]} to {widths[-1]} channels, {form}"
+        found += forward(what, model, dense, small, quick)
     return found
 
 
 def run(quick: bool = False) -> list[Row]:
     """Rows of layers and of networks; of the trained one where its images are."""
-    found = layers(quick) + usual(quick)
+    found = layers(quick) + untrained(quick)
     try:
         found += network(quick)
     except AssetError as error:
@@ -124,7 +125,8 @@ def run(quick: bool = False) -> list[Row]:
 
 
 def main() -> None:
-    show("factored convolutions", run("--quick" in sys.argv))
+    only = untrained if "--untrained" in sys.argv else run
+    show("factored convolutions", only("--quick" in sys.argv))
 
 
 if __name__ == "__main__":
