@@ -28,9 +28,8 @@ import numpy as np
 import optax
 from _minilm_model import MiniLM, load_params, load_tokenizer, tokenize
 from assets import AssetError, fetch
-from minilm import Benchmarks
 from rich.console import Console
-from self_distillation import brown, features, news
+from self_distillation import Test, brown, features, news
 
 import jaxcompress as jc
 
@@ -135,23 +134,6 @@ def train(params: Any, folder: Path, steps: int, rate: float, quantized: float) 
             yield i + 1, float(value), student
 
 
-class Test:
-    """The cosine to the teacher's vectors of the Lee documents, which no training sees."""
-
-    def __init__(self, params: Any):
-        self.data = tokenize(load_tokenizer(fetch("minilm")), Benchmarks().documents)
-        self.target = jax.jit(MiniLM().apply)({"params": params}, *self.data)
-        self.run = jax.jit(jc.compressed(STUDENT.apply))
-
-    def vectors(self, student: Any) -> np.ndarray:
-        """Of the documents."""
-        return np.asarray(self.run({"params": student}, *self.data))
-
-    def cosine(self, student: Any) -> float:
-        """Mean."""
-        return float(np.mean(np.sum(self.vectors(student) * self.target, axis=-1)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3000)
@@ -163,7 +145,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     params = load_params(fetch("minilm"))
-    test = Test(params)
+    test = Test(params, STUDENT)
     student = student_of(params)
     console.print(f"three layers as they are: mean cosine {test.cosine(student):.4f}")
     try:
