@@ -137,7 +137,7 @@ def train(params: Any, folder: Path, steps: int, rate: float, quantized: float) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--quantized", type=float, default=0.3, help="share of the steps")
     parser.add_argument("--out", type=Path, default=Path("out/distil-minilm"), metavar="FOLDER")
