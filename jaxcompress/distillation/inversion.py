@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.distillation.arguments import log_p, positive
+from jaxcompress.distillation.divergences import kl_of_logs, mixture_of_logs
 from jaxcompress.errors import CompressError
 from jaxcompress.specs import is_count
 
@@ -84,13 +85,8 @@ def competition(
         raise CompressError(f"student logits {student.shape} and teacher logits {teacher.shape}")
     temperature = positive("temperature", temperature, 3.0)
     both = [log_p(x, temperature) for x in (student, teacher)]
-    middle = jnp.logaddexp(*both) - jnp.log(2.0)
-    divergence = jnp.zeros(())
-    for log_of in both:
-        never = log_of == -jnp.inf  # 0 log 0 is 0
-        apart = jnp.where(never, 0.0, log_of) - jnp.where(never, 0.0, middle)
-        divergence += jnp.sum(jnp.exp(log_of) * apart, axis=-1) / 2
-    return 1 - divergence
+    middle = mixture_of_logs(*both, jnp.float32(0.5))
+    return 1 - (kl_of_logs(both[0], middle, -1) + kl_of_logs(both[1], middle, -1)) / 2
 
 
 def jitter(key: jax.Array, images: jax.Array, most: int, *, flip: bool = False) -> jax.Array:

@@ -168,8 +168,13 @@ def test_competition_by_its_definition():
     value, grads = jax.value_and_grad(lambda a, b: compete(a, b).sum(), (0, 1))(sure, sure[:, ::-1])
     assert float(value) == pytest.approx(1 - np.log(2), rel=1e-6)
     assert np.all(np.isfinite(grads))
-    of_both = jax.grad(lambda a, b: compete(a, b).sum(), (0, 1))(a, b)
-    assert all(np.any(g) for g in of_both)
+    # A class that neither can give, such as one that is masked, has no share in anything.
+    masked = [jnp.concatenate([x, jnp.full((4, 1), -jnp.inf)], 1) for x in (a, b)]
+    both = lambda a, b: jax.grad(lambda a, b: compete(a, b).sum(), (0, 1))(a, b)
+    for grad, wanted in zip(both(*masked), both(a, b)):
+        np.testing.assert_allclose(grad[:, :-1], wanted, rtol=1e-5, atol=1e-7)
+        assert not np.any(grad[:, -1])
+    assert all(np.any(g) for g in both(a, b))
     # The input's gradient by finite differences, through both.
     x, d = normal(12, (4, 5)), normal(13, (4, 5))
     f = lambda x: reference(x, np.asarray(x) ** 2, 3.0).sum()
