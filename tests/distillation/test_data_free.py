@@ -32,6 +32,8 @@ def test_moments_of_each_channel():
     first = moments(x, axis=1)
     np.testing.assert_allclose(first.mean, wide.mean((0, 2, 3)), rtol=1e-6)
     assert moments(x.astype(jnp.bfloat16)).mean.dtype == jnp.float32
+    with pytest.raises(jc.CompressError, match="no axis=4"):
+        moments(x, axis=4)
     for bad in (jnp.ones(3), jnp.ones((0, 3))):
         with pytest.raises(jc.CompressError, match=r"write \[batch, ..., channels\]"):
             moments(bad)
