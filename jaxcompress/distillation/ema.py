@@ -121,7 +121,8 @@ def mean_teacher(state: Any, params: Any) -> Any:
             "the params are of another structure than the mean teacher: give the part that the "
             "optimizer trains, as jaxcompress.partition does"
         )
-    return jax.tree.map(lambda t, p: t.astype(jnp.result_type(p)), found[0].teacher, params)
+    # A copy, as the state is donated to the next step.
+    return jax.tree.map(lambda t, p: jnp.array(t, jnp.result_type(p)), found[0].teacher, params)
 
 
 def _is_float(x: Any) -> bool:

@@ -84,9 +84,9 @@ def competition(
     if student.shape != teacher.shape or student.ndim == 0:
         raise CompressError(f"student logits {student.shape} and teacher logits {teacher.shape}")
     temperature = positive("temperature", temperature, 3.0)
-    both = [log_p(x, temperature) for x in (student, teacher)]
-    middle = mixture_of_logs(*both, jnp.float32(0.5))
-    return 1 - (kl_of_logs(both[0], middle, -1) + kl_of_logs(both[1], middle, -1)) / 2
+    p, q = (log_p(x, temperature) for x in (student, teacher))
+    middle = mixture_of_logs(p, q, jnp.float32(0.5))
+    return 1 - (kl_of_logs(p, middle, -1) + kl_of_logs(q, middle, -1)) / 2
 
 
 def jitter(key: jax.Array, images: jax.Array, most: int, *, flip: bool = False) -> jax.Array:

@@ -39,8 +39,9 @@ def tap(
     a `scan` they come stacked, `[length, ...]`, from a `while` as they were at its last turn; from
     a loop without a turn or a branch that was not taken as zeros; from a `vmap` with the mapped
     axis first (with a `checkpoint_name`: where it lies). Layers of equal form that `nn.jit` wraps
-    one by one are one program, and all have the name of the first. Goes together with `jc.compressed` in
-    either order. Outside of `jit` the function is traced at each call, so wrap the outermost one.
+    one by one are one program, and all have the name of the first. Goes together with
+    `jc.compressed` in either order. Outside of `jit` the function is traced at each call, so wrap
+    the outermost one.
 
     Args:
       fn: a function of pytrees, such as `module.apply`, an NNX module, or one of its methods.

@@ -86,6 +86,7 @@ def cache_teacher(
     """
     if batch_size < 1 or shard_size < 1:
         raise SpecError(f"batch_size={batch_size}, shard_size={shard_size}: write 1 or more")
+    batch_size, shard_size = int(batch_size), int(shard_size)  # numpy's are no JSON
     take, count, mark = _dataset(inputs, examples, data)
     run = jax.jit(lambda params, batch: _cast(fn(params, batch), dtype))
     first = take(np.zeros(min(batch_size, count), np.int64))

@@ -44,6 +44,15 @@ def test_the_ramp_is_the_plain_mean():
     np.testing.assert_allclose(mean_teacher(state, seen[0])["w"], mean, rtol=1e-5, atol=1e-6)
 
 
+def test_the_teacher_stays_when_the_state_is_donated():
+    params = {"w": jnp.arange(3.0)}
+    tx = ema_teacher()
+    state = tx.init(params)
+    teacher = mean_teacher(state, params)
+    jax.jit(tx.update, donate_argnums=1)(params, state, params)
+    np.testing.assert_array_equal(teacher["w"], np.arange(3))
+
+
 def test_as_optax_takes_hyperparams_and_numbers():
     params = {"w": jnp.arange(3.0), "b": 1.0}
     updates = {"w": jnp.ones(3), "b": -1.0}

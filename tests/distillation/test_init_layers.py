@@ -61,7 +61,8 @@ def test_a_student_that_is_donated_leaves_its_teacher():
     assert found["scale"] == 2.0
     jax.jit(lambda x: jax.tree.map(lambda x: x + 1, x), donate_argnums=0)(found)
     arrays = [x for x in jax.tree.leaves(teacher) if isinstance(x, jax.Array)]
-    assert len(arrays) == 3 and not any(x.is_deleted() for x in arrays)
+    assert len(arrays) == 3
+    assert not any(x.is_deleted() for x in arrays)
 
 
 def test_stacked_layers_dtypes_and_compressed_leaves():

@@ -167,7 +167,8 @@ def test_nnx_modules_and_what_changes_in_them():
     drop, rngs = nnx.Dropout(0.5), nnx.Rngs(0)
     run = tap(lambda tree, x, *, rngs: tree["drop"][0](x, rngs=rngs), "*")
     masks = [run({"drop": [drop]}, jnp.ones((8, 8)), rngs=rngs)[0] for _ in range(2)]
-    assert rngs.default.count[...] == 2 and not np.array_equal(*masks)
+    assert rngs.default.count[...] == 2
+    assert not np.array_equal(*masks)
     norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     tap(lambda tree, x: tree[0](x), "*")([norm], X)
     np.testing.assert_allclose(norm.mean[...], 0.01 * X.mean(0), rtol=1e-4)

@@ -46,7 +46,7 @@ def test_few_files_are_open(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_cache, "_OPEN", 4)
     x = np.arange(40, dtype=np.float32)
     fn = lambda w, x: {"twice": w * x, "more": x + 1}
-    cache = cache_teacher(fn, 2.0, x, tmp_path, shard_size=2, batch_size=2)
+    cache = cache_teacher(fn, 2.0, x, tmp_path, shard_size=np.int64(2), batch_size=np.int64(2))
     before = len(os.listdir("/dev/fd"))
     for seed in range(2):  # the second time by files that were closed meanwhile
         indices = np.random.default_rng(seed).permutation(40)
