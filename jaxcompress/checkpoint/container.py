@@ -73,6 +73,7 @@ class Container:
         self._start = 8 + len(text)
         self._file = file
         self._lock = threading.Lock()
+        self._map: np.ndarray | None = None
         weakref.finalize(self, file.close)
 
     def read(self, name: str) -> np.ndarray:
@@ -93,10 +94,10 @@ class Container:
         tensor = self.tensors[name]
         if tensor.start == tensor.stop:  # nothing can be mapped
             return np.empty(0, np.uint8)
-        # On a handle of its own, for a map may outlive this object.
-        return np.memmap(
-            self._file, np.uint8, "r", self._start + tensor.start, (tensor.stop - tensor.start,)
-        )
+        with self._lock:
+            if self._map is None:  # one for all, as each has a handle of its own, of which few are
+                self._map = np.memmap(self._file, np.uint8, "r")
+        return self._map[self._start + tensor.start : self._start + tensor.stop]
 
 
 def _entries(path: Path, head: dict[str, Any]) -> dict[str, Tensor]:

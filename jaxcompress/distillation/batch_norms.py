@@ -32,7 +32,8 @@ def moments(features: jax.Array, *, axis: int = -1) -> Moments:
       axis: the axis of the channels.
 
     Raises:
-      CompressError: for features without an axis beside the channels, or empty ones.
+      CompressError: for features without an axis beside the channels, empty ones, or an axis that
+        they do not have.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -41,6 +42,8 @@ def moments(features: jax.Array, *, axis: int = -1) -> Moments:
     """
     if features.ndim < 2 or features.size == 0:
         raise CompressError(f"features {features.shape} have no mean; write [batch, ..., channels]")
+    if not -features.ndim <= axis < features.ndim:
+        raise CompressError(f"features {features.shape} have no axis={axis}; -1 is the last")
     x = features.astype(jnp.float32)
     over = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
     # About the mean, not a difference of squares, which would cancel.

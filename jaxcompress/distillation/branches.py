@@ -105,7 +105,10 @@ def native_ensemble(branches: jax.Array | Sequence[jax.Array], gate: jax.Array) 
             f"a gate of shape {gate.shape} for branches {logits.shape}; its shape is {wanted}"
         )
     weights = jnp.moveaxis(gate.astype(jnp.float32), -1, 0)[..., None]
-    return jnp.sum(weights * logits, axis=0)
+    # A class that a branch excludes has no slope in the gate, which 0 times infinity would give it.
+    never = (logits == -jnp.inf) & (weights > 0)
+    parts = weights * jnp.where(logits == -jnp.inf, 0.0, logits)
+    return jnp.sum(jnp.where(never, -jnp.inf, parts), axis=0)
 
 
 def native_ensemble_loss(

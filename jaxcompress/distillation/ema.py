@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcompress.distillation.arguments import share
 from jaxcompress.errors import CompressError
 from jaxcompress.specs import is_number
 
@@ -26,7 +27,7 @@ class EmaTeacherState(NamedTuple):
 
 
 def ema_teacher(
-    decay: float | Callable[[jax.Array], Any] = 0.999, *, ramp: bool = True
+    decay: float | jax.Array | Callable[[jax.Array], Any] = 0.999, *, ramp: bool = True
 ) -> optax.GradientTransformation:
     """Averages the params that an optimizer makes, and leaves its updates as they are.
 
@@ -61,7 +62,9 @@ def ema_teacher(
       >>> round(float(mean_teacher(state, params)["w"][0]), 6)
       0.1
     """
-    if not callable(decay) and not is_number(decay, 0, 1):
+    if isinstance(decay, jax.Array):  # such as optax.inject_hyperparams gives it, traced or not
+        decay = share("decay", decay)
+    elif not callable(decay) and not is_number(decay, 0, 1):
         raise CompressError(f"decay={decay!r}: write a share from 0 to 1, such as 0.999")
 
     def init(params: Any) -> EmaTeacherState:
@@ -118,7 +121,8 @@ def mean_teacher(state: Any, params: Any) -> Any:
             "the params are of another structure than the mean teacher: give the part that the "
             "optimizer trains, as jaxcompress.partition does"
         )
-    return jax.tree.map(lambda t, p: t.astype(jnp.result_type(p)), found[0].teacher, params)
+    # A copy, as the state is donated to the next step.
+    return jax.tree.map(lambda t, p: jnp.array(t, jnp.result_type(p)), found[0].teacher, params)
 
 
 def _is_float(x: Any) -> bool:
@@ -127,5 +131,5 @@ def _is_float(x: Any) -> bool:
 
 def _wide(x: Any) -> jax.Array:
     """A copy in float32 or wider, so that neither is gone when the other is donated."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32) if _is_float(x) else None
+    dtype = jnp.promote_types(jnp.result_type(x), jnp.float32) if _is_float(x) else None
     return jnp.array(x, dtype)

@@ -1,4 +1,4 @@
-"""NNX modules among the arguments of a function that is traced: as states, and changed after."""
+"""NNX modules in the arguments of a function that is traced: as states, and changed after."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import inspect
 import sys
 from typing import Any
+
+import jax
 
 from jaxcompress import compat
 
@@ -26,7 +28,10 @@ def unbound(fn: Any) -> tuple[Any, ...]:
 
 
 class Held:
-    """The NNX modules among the arguments: apart while they are traced, as values and changes."""
+    """The NNX modules in the arguments: apart while they are traced, as values and changes.
+
+    Random streams (`nnx.Rngs`) as well, whose counters change.
+    """
 
     def __init__(self) -> None:
         self.modules: list[Any] = []
@@ -36,7 +41,7 @@ class Held:
         """An argument, or what stands for it."""
         from flax import nnx
 
-        if not isinstance(x, nnx.Module):
+        if not isinstance(x, nnx.Pytree):
             return x
         graph, state = nnx.split(x)
         self.modules.append(x)
@@ -56,7 +61,8 @@ class Held:
                 return x
             return made.setdefault(x.place, nnx.merge(self.graphs[x.place], x.state))
 
-        args, kwargs = tuple(map(give, args)), {name: give(x) for name, x in kwargs.items()}
+        ours = lambda x: isinstance(x, _State)
+        args, kwargs = jax.tree.map(give, (args, kwargs), is_leaf=ours)
         before = [_values(made[i]) for i in range(len(made))]
         out = fn(*args, **kwargs)
         after = [_values(made[i]) for i in range(len(made))]
@@ -94,6 +100,8 @@ def hold(args: Any, kwargs: Any) -> tuple[Held, Any, Any]:
     """Arguments with the state of each NNX module in its place, and the modules."""
     held = Held()
     if "flax.nnx" in sys.modules:
-        args = tuple(map(held.take, args))
-        kwargs = {name: held.take(x) for name, x in kwargs.items()}
+        from flax import nnx
+
+        ours = lambda x: isinstance(x, nnx.Pytree)
+        args, kwargs = jax.tree.map(held.take, (args, kwargs), is_leaf=ours)
     return held, args, kwargs

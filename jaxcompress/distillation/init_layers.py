@@ -33,7 +33,8 @@ def init_from_layers(
         of each leaf, as `scan` has them.
 
     Returns:
-      The student's params, with the teacher's arrays, cast to the student's dtypes.
+      The student's params, with copies of the teacher's arrays, cast to the student's dtypes: so
+      the student may be donated to its steps.
 
     Raises:
       RuleError: for a pattern that matches nothing, numbers that do not fit, or a leaf of a layer
@@ -110,8 +111,9 @@ def _fitting(path: str, leaf: Any, there: str, theirs: Any) -> Any:
 
 
 def _cast(theirs: Any, leaf: Any) -> Any:
-    if is_compressed(theirs) or theirs.dtype == leaf.dtype:
-        return theirs
+    kinds = [getattr(x, "dtype", None) for x in (theirs, leaf)]
+    if is_compressed(theirs) or None in kinds or kinds[0] == kinds[1]:
+        return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, theirs)
     return jnp.asarray(theirs).astype(leaf.dtype)
 
 

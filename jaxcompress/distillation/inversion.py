@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.distillation.arguments import log_p, positive
+from jaxcompress.distillation.divergences import kl_of_logs, mixture_of_logs
 from jaxcompress.errors import CompressError
 from jaxcompress.specs import is_count
 
@@ -83,14 +84,9 @@ def competition(
     if student.shape != teacher.shape or student.ndim == 0:
         raise CompressError(f"student logits {student.shape} and teacher logits {teacher.shape}")
     temperature = positive("temperature", temperature, 3.0)
-    both = [log_p(x, temperature) for x in (student, teacher)]
-    middle = jnp.logaddexp(*both) - jnp.log(2.0)
-    divergence = jnp.zeros(())
-    for log_of in both:
-        never = log_of == -jnp.inf  # 0 log 0 is 0
-        apart = jnp.where(never, 0.0, log_of) - jnp.where(never, 0.0, middle)
-        divergence += jnp.sum(jnp.exp(log_of) * apart, axis=-1) / 2
-    return 1 - divergence
+    p, q = (log_p(x, temperature) for x in (student, teacher))
+    middle = mixture_of_logs(p, q, jnp.float32(0.5))
+    return 1 - (kl_of_logs(p, middle, -1) + kl_of_logs(q, middle, -1)) / 2
 
 
 def jitter(key: jax.Array, images: jax.Array, most: int, *, flip: bool = False) -> jax.Array:

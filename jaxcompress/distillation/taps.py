@@ -32,14 +32,16 @@ def tap(
 
     Globs as in rules (`*` within one key, `**` across keys) name several at once. Linen modules are
     found whatever calls them. NNX modules have their paths from the outermost one that is called:
-    `fn` may be a module, take modules, or make them by `nnx.merge`; what it changes in modules that
-    are its arguments (running means, random counters) is changed in them.
+    `fn` may be a module, take modules, or make them by `nnx.merge`; what it changes in modules and
+    `nnx.Rngs` in its arguments (running means, random counters) is changed in them.
 
     The values are outputs like any other: they may be differentiated, and `fn` may be jitted. From
     a `scan` they come stacked, `[length, ...]`, from a `while` as they were at its last turn; from
     a loop without a turn or a branch that was not taken as zeros; from a `vmap` with the mapped
-    axis first (with a `checkpoint_name`: where it lies). Goes together with `jc.compressed` in
-    either order. Outside of `jit` the function is traced at each call, so wrap the outermost one.
+    axis first (with a `checkpoint_name`: where it lies). Layers of equal form that `nn.jit` wraps
+    one by one are one program, and all have the name of the first. Goes together with
+    `jc.compressed` in either order. Outside of `jit` the function is traced at each call, so wrap
+    the outermost one.
 
     Args:
       fn: a function of pytrees, such as `module.apply`, an NNX module, or one of its methods.
@@ -224,9 +226,12 @@ class _Taps(Control):
         def complete(run: Any) -> Any:
             def all_of_it(*operands: Any) -> Any:
                 out, frame = run(*operands)
-                fill = lambda name, i, x: (
-                    frame[name][i] if i < len(frame.get(name, ())) else jax.tree.map(_zeros, x)
-                )
+
+                def fill(name: str, i: int, x: _Found) -> _Found:
+                    if i >= len(frame.get(name, ())):
+                        return jax.tree.map(_zeros, x)
+                    return _Found(frame[name][i].arrays, x.tag)  # one tag for all branches
+
                 return out, {
                     name: [fill(name, i, x) for i, x in enumerate(xs)] for name, xs in whole.items()
                 }
@@ -256,17 +261,22 @@ def _union(one: Frame, other: Frame) -> Frame:
     for name, values in other.items():
         mine = out.get(name, [])
         for a, b in zip(mine, values):
-            if _types(a) != _types(b):
+            if _form(a) != _form(b):
                 raise CompressError(
-                    f"{name!r} is {', '.join(_types(a))} in one branch of a cond and "
-                    f"{', '.join(_types(b))} in another; give them two names"
+                    f"{name!r} is {_form(a)} in one branch of a cond and {_form(b)} in another; "
+                    "give them two names"
                 )
         out[name] = [*mine, *values[len(mine) :]]
     return out
 
 
-def _types(x: Any) -> list[str]:
-    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(x)]
+def _form(x: _Found) -> str:
+    """What a value is, but for its numbers."""
+    types = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(x))
+    tag = x.tag
+    if tag is None or (jax.tree_util.treedef_is_leaf(tag.structure) and not tag.rest):
+        return types
+    return f"{types} of {tag.structure}" + (f" beside {tag.rest}" if tag.rest else "")
 
 
 def _chosen(patterns: Sequence[str], there: list[str]) -> set[str]:

@@ -57,9 +57,10 @@ def teacher_ensemble(
         raise CompressError(f"average={average!r}: write 'probabilities' or 'logits'")
     axis = axis if axis < 0 else axis + 1
     w = _weights(weights, logits, axis)
+    # A teacher that does not count may hold anything, as no weight of 0 takes NaN or infinity away.
+    logits = jnp.where(w == 0, 0.0, logits)
     if average == "logits":
-        # Before the product, so that no weight of 0 meets an infinite logit.
-        return jnp.sum(jnp.where(w > 0, w * jnp.where(w > 0, logits, 0.0), 0.0), axis=0)
+        return jnp.sum(jnp.where(w == 0, 0.0, w * logits), axis=0)
     temperature = positive("temperature", temperature, 2.0)
     parts = log_p(logits, temperature, axis) + jnp.log(w)
     return temperature * jax.nn.logsumexp(parts, axis=0)

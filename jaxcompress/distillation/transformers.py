@@ -81,7 +81,8 @@ def projection_init(
     """
     if student_width == teacher_width:
         return jnp.eye(student_width, dtype=dtype)
-    return jax.nn.initializers.orthogonal()(key, (student_width, teacher_width), dtype)
+    make = jax.nn.initializers.orthogonal()
+    return make(key, (student_width, teacher_width), jnp.float32).astype(dtype)
 
 
 def hidden_states(

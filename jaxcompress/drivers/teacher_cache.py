@@ -23,6 +23,7 @@ from jaxcompress.rules import path_str
 
 _SETTINGS, _NUMBER = "settings", "shard"
 _STRUCTURE = "structure.safetensors"
+_OPEN = 128  # files that are mapped at a time: systems give a process some hundreds
 
 
 def cache_teacher(
@@ -85,6 +86,7 @@ def cache_teacher(
     """
     if batch_size < 1 or shard_size < 1:
         raise SpecError(f"batch_size={batch_size}, shard_size={shard_size}: write 1 or more")
+    batch_size, shard_size = int(batch_size), int(shard_size)  # numpy's are no JSON
     take, count, mark = _dataset(inputs, examples, data)
     run = jax.jit(lambda params, batch: _cast(fn(params, batch), dtype))
     first = take(np.zeros(min(batch_size, count), np.int64))
@@ -161,7 +163,8 @@ class TeacherCache:
             raise FileError(
                 f"{folder} holds {list(self._settings['outputs'])}, and `like` has {self._names}"
             )
-        self._maps: dict[int, dict[str, np.ndarray]] = {}
+        self._maps: dict[int, dict[str, np.ndarray]] = {}  # the one looked at last is the last
+        self._checked: set[int] = set()
         for k in range(-(-self._examples // self._size)):
             path = _shard(self.folder, k)
             if not path.exists():
@@ -184,27 +187,31 @@ class TeacherCache:
         if wrong.any():
             raise IndexError(f"index {indices[wrong][0]} of {self._examples} examples")
         indices = indices.astype(np.int64) % self._examples
-        out = []
+        out = {}
         for name in self._names:
             dtype, *shape = self._settings["outputs"][name]
-            rows = np.empty((len(indices), *shape), jnp.dtype(dtype))
-            for k in np.unique(indices // self._size):
-                here = indices // self._size == k
-                rows[here] = self._map(int(k))[name][indices[here] % self._size]
-            out.append(rows)
-        return jax.tree.unflatten(self._structure, out)
+            out[name] = np.empty((len(indices), *shape), jnp.dtype(dtype))
+        for k in np.unique(indices // self._size):
+            here, found = indices // self._size == k, self._map(int(k))
+            for name, rows in out.items():
+                rows[here] = found[name][indices[here] % self._size]
+        return jax.tree.unflatten(self._structure, list(out.values()))
 
     def _map(self, k: int) -> dict[str, np.ndarray]:
-        if k not in self._maps:
+        found = self._maps.pop(k, None)
+        if found is None:
             path = _shard(self.folder, k)
-            found = map_arrays(path)
+            found = map_arrays(path, check=k not in self._checked)
             rows = min(self._size, self._examples - k * self._size)
             for name, (dtype, *shape) in self._settings["outputs"].items():
                 x = found.get(name)
                 if x is None or x.shape != (rows, *shape) or x.dtype != jnp.dtype(dtype):
                     raise FileError(f"{path}: {name!r} is not {rows} examples of {dtype}{shape}")
-            self._maps[k] = found
-        return self._maps[k]
+            self._checked.add(k)
+        self._maps[k] = found
+        for oldest in list(self._maps)[:-_OPEN]:
+            self._maps.pop(oldest, None)
+        return found
 
 
 def _dataset(

@@ -32,6 +32,8 @@ def test_moments_of_each_channel():
     first = moments(x, axis=1)
     np.testing.assert_allclose(first.mean, wide.mean((0, 2, 3)), rtol=1e-6)
     assert moments(x.astype(jnp.bfloat16)).mean.dtype == jnp.float32
+    with pytest.raises(jc.CompressError, match="no axis=4"):
+        moments(x, axis=4)
     for bad in (jnp.ones(3), jnp.ones((0, 3))):
         with pytest.raises(jc.CompressError, match=r"write \[batch, ..., channels\]"):
             moments(bad)
@@ -168,8 +170,13 @@ def test_competition_by_its_definition():
     value, grads = jax.value_and_grad(lambda a, b: compete(a, b).sum(), (0, 1))(sure, sure[:, ::-1])
     assert float(value) == pytest.approx(1 - np.log(2), rel=1e-6)
     assert np.all(np.isfinite(grads))
-    of_both = jax.grad(lambda a, b: compete(a, b).sum(), (0, 1))(a, b)
-    assert all(np.any(g) for g in of_both)
+    # A class that neither can give, such as one that is masked, has no share in anything.
+    masked = [jnp.concatenate([x, jnp.full((4, 1), -jnp.inf)], 1) for x in (a, b)]
+    both = lambda a, b: jax.grad(lambda a, b: compete(a, b).sum(), (0, 1))(a, b)
+    for grad, wanted in zip(both(*masked), both(a, b)):
+        np.testing.assert_allclose(grad[:, :-1], wanted, rtol=1e-5, atol=1e-7)
+        assert not np.any(grad[:, -1])
+    assert all(np.any(g) for g in both(a, b))
     # The input's gradient by finite differences, through both.
     x, d = normal(12, (4, 5)), normal(13, (4, 5))
     f = lambda x: reference(x, np.asarray(x) ** 2, 3.0).sum()

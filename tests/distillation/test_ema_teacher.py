@@ -44,6 +44,29 @@ def test_the_ramp_is_the_plain_mean():
     np.testing.assert_allclose(mean_teacher(state, seen[0])["w"], mean, rtol=1e-5, atol=1e-6)
 
 
+def test_the_teacher_stays_when_the_state_is_donated():
+    params = {"w": jnp.arange(3.0)}
+    tx = ema_teacher()
+    state = tx.init(params)
+    teacher = mean_teacher(state, params)
+    jax.jit(tx.update, donate_argnums=1)(params, state, params)
+    np.testing.assert_array_equal(teacher["w"], np.arange(3))
+
+
+def test_as_optax_takes_hyperparams_and_numbers():
+    params = {"w": jnp.arange(3.0), "b": 1.0}
+    updates = {"w": jnp.ones(3), "b": -1.0}
+    tx = optax.inject_hyperparams(ema_teacher)(decay=0.75)
+    state = tx.init(params)
+    state.hyperparams["decay"] = jnp.float32(0.25)
+    _, state = jax.jit(tx.update)(updates, state, params)
+    teacher = mean_teacher(state, params)
+    np.testing.assert_allclose(teacher["w"], np.arange(3) + 0.75, rtol=1e-6)
+    assert float(teacher["b"]) == 0.25
+    with pytest.raises(jc.CompressError, match="from 0 to 1"):
+        ema_teacher(jnp.float32(2.0))
+
+
 def test_the_updates_are_those_of_the_optimizer_alone():
     params = {"w": jnp.arange(3.0)}
     alone, _ = run(optax.adam(0.1), params, 4)

@@ -54,6 +54,17 @@ def test_named_layers_and_what_is_outside():
     np.testing.assert_allclose(Named(2).apply({"params": cut}, X), expected, rtol=1e-5)
 
 
+def test_a_student_that_is_donated_leaves_its_teacher():
+    teacher = {"layer_0": jnp.ones(2), "codes": jc.Quantize("int8")(jnp.eye(2)), "scale": 2.0}
+    student = {"layer_0": jnp.zeros(2), "codes": jnp.zeros((2, 2)), "scale": 1.0}
+    found = init_from_layers(teacher, student, (0,), pattern="layer_{}")
+    assert found["scale"] == 2.0
+    jax.jit(lambda x: jax.tree.map(lambda x: x + 1, x), donate_argnums=0)(found)
+    arrays = [x for x in jax.tree.leaves(teacher) if isinstance(x, jax.Array)]
+    assert len(arrays) == 3
+    assert not any(x.is_deleted() for x in arrays)
+
+
 def test_stacked_layers_dtypes_and_compressed_leaves():
     teacher = {"blocks": {"kernel": jax.random.normal(jax.random.key(0), (6, 4, 8))}}
     student = {"blocks": {"kernel": jnp.zeros((3, 4, 8), jnp.bfloat16)}}

@@ -105,6 +105,21 @@ def test_native_ensemble_loss_by_its_definition_and_whom_it_teaches():
     np.testing.assert_allclose(of_gate, np.einsum("nc,knc->nk", p, branches), rtol=1e-4, atol=1e-5)
 
 
+def test_a_class_that_branches_exclude():
+    branches, gate = logits(6, (3, 4, 5)), jax.nn.softmax(logits(7, (4, 3)), -1)
+    masked = jnp.concatenate([branches, jnp.full((3, 4, 1), -jnp.inf)], -1)
+    labels = jnp.arange(4)
+    run = jax.jit(jax.value_and_grad(
+        lambda b, g: native_ensemble_loss(b, g, labels).sum(), (0, 1)
+    ))  # fmt: skip
+    (value, (of_branches, of_gate)), (wanted, slopes) = run(masked, gate), run(branches, gate)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    np.testing.assert_allclose(of_gate, slopes[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(of_branches[..., :-1], slopes[0], rtol=1e-4, atol=1e-5)
+    only = native_ensemble(masked, jnp.zeros((4, 3)).at[:, 0].set(1.0))
+    np.testing.assert_array_equal(only, masked[0])
+
+
 def test_the_gate():
     params = branch_gate_init(jax.random.key(0), 16, 3)
     features = logits(8, (4, 16))

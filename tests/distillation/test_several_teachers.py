@@ -63,6 +63,11 @@ def test_certain_teachers_and_weights_of_zero(average):
     ensemble = jax.jit(lambda weights: teacher_ensemble([certain, other], weights, average=average))
     np.testing.assert_allclose(ensemble([0.0, 1.0]), other if average == "logits" else
                                other - jax.nn.logsumexp(other), rtol=1e-6)  # fmt: skip
+    # What one that does not count says may be anything: here it has not seen an example.
+    for nothing in (jnp.nan, jnp.inf, -jnp.inf):
+        unseen = [other, jnp.full((1, 3), nothing)]
+        found = teacher_ensemble(unseen, [[1.0], [0.0]], average=average)
+        np.testing.assert_array_equal(found, ensemble([0.0, 1.0]))
     both = ensemble([1.0, 1.0])
     assert not np.any(np.isnan(both))
     assert both[0, 2] == -jnp.inf

@@ -163,6 +163,15 @@ def test_nnx_modules_and_what_changes_in_them():
     )
     _, again = tap(model.encode, "layers/0")(X)
     assert again["layers/0"].shape == (5, 4)
+    # Random streams are arguments of their own, and modules may lie deeper.
+    drop, rngs = nnx.Dropout(0.5), nnx.Rngs(0)
+    run = tap(lambda tree, x, *, rngs: tree["drop"][0](x, rngs=rngs), "*")
+    masks = [run({"drop": [drop]}, jnp.ones((8, 8)), rngs=rngs)[0] for _ in range(2)]
+    assert rngs.default.count[...] == 2
+    assert not np.array_equal(*masks)
+    norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    tap(lambda tree, x: tree[0](x), "*")([norm], X)
+    np.testing.assert_allclose(norm.mean[...], 0.01 * X.mean(0), rtol=1e-4)
     # One that cannot be changed inside of jit, and need not be.
     linear = model.layers[0].linear
     _, fixed = jax.jit(lambda x: tap(linear, "__call__")(x))(X)
@@ -258,6 +267,33 @@ def test_names_in_control_flow():
         np.testing.assert_array_equal(found["turn"], out)
         np.testing.assert_allclose(out, flow(w, sign * X), rtol=1e-5, atol=1e-6)
     assert taken == {True, False}
+
+
+def test_a_module_in_several_branches():
+    dense, norm = nn.Dense(4, name="dense"), nn.Dense(4, name="norm")
+    params = dense.init(jax.random.key(0), X)
+
+    def fn(params, x):
+        first = lambda x: dense.apply(params, x)
+        second = lambda x: 2 * norm.apply(params, dense.apply(params, -x))
+        return jax.lax.cond(x.sum() > 0, first, second, x)
+
+    run = jax.jit(tap(fn, "*"))
+    for x in (X, -X):
+        out, found = run(params, x)
+        np.testing.assert_allclose(out, fn(params, x), rtol=1e-5, atol=1e-6)
+        sign = 1 if x.sum() > 0 else -1
+        called = found["__call__"]
+        np.testing.assert_allclose(called[0], dense.apply(params, sign * x), rtol=1e-5, atol=1e-6)
+
+    class Same(nn.Module):
+        @nn.compact
+        def __call__(self, x, keyed=False):
+            return {"x": x} if keyed else x
+
+    plain, keyed = lambda x: Same().apply({}, x), lambda x: Same().apply({}, x, True)["x"]
+    with pytest.raises(jc.CompressError, match=r"float32\[5, 4\] of .*; give them two names"):
+        tap(lambda x: jax.lax.cond(x.sum() > 0, plain, keyed, x), "*")(X)
 
 
 def test_vmap_grad_and_taps_within_taps():

@@ -167,6 +167,8 @@ def test_hidden_states_and_projections():
     start = projection_init(jax.random.key(0), 4, 6)
     np.testing.assert_allclose(start @ start.T, np.eye(4), atol=1e-6)
     np.testing.assert_array_equal(projection_init(jax.random.key(0), 4, 4), np.eye(4))
+    half = projection_init(jax.random.key(0), 4, 6, jnp.bfloat16)
+    np.testing.assert_array_equal(half, start.astype(jnp.bfloat16))
 
 
 def test_patient_against_torch_and_at_zero():

@@ -1,6 +1,7 @@
 """A teacher's outputs on disk: what comes back, what a kill leaves, and what is refused."""
 
 import collections
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import safetensors
 import jaxcompress as jc
 from jaxcompress.checkpoint.file import map_arrays
 from jaxcompress.distillation import soft_targets
+from jaxcompress.drivers import teacher_cache
 from jaxcompress.drivers.teacher_cache import TeacherCache, cache_teacher
 
 X, PARAMS = killed_cache.X, killed_cache.PARAMS
@@ -38,6 +40,20 @@ def test_outputs_by_index(tmp_path):
     # Any reader of safetensors reads them.
     with safetensors.safe_open(tmp_path / "shard-000004.safetensors", "numpy") as file:
         np.testing.assert_allclose(file.get_tensor("logits"), EXPECTED["logits"][20:], rtol=1e-6)
+
+
+def test_few_files_are_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "_OPEN", 4)
+    x = np.arange(40, dtype=np.float32)
+    fn = lambda w, x: {"twice": w * x, "more": x + 1}
+    cache = cache_teacher(fn, 2.0, x, tmp_path, shard_size=np.int64(2), batch_size=np.int64(2))
+    before = len(os.listdir("/dev/fd"))
+    for seed in range(2):  # the second time by files that were closed meanwhile
+        indices = np.random.default_rng(seed).permutation(40)
+        found = cache[indices]
+        np.testing.assert_array_equal(found["twice"], 2 * x[indices])
+        np.testing.assert_array_equal(found["more"], x[indices] + 1)
+    assert len(os.listdir("/dev/fd")) - before <= 4
 
 
 def test_a_kill_costs_one_shard(tmp_path):
