@@ -93,6 +93,28 @@ def share(name: str, value: float | jax.Array, *, ends: bool = True) -> jax.Arra
     return jnp.asarray(value, jnp.float32)
 
 
+def counted(where: jax.Array | None, shape: tuple[int, ...], what: str) -> jax.Array | None:
+    """Which values count, in booleans of the shape; None where all do.
+
+    Args:
+      where: booleans or numbers, broadcastable to the shape.
+      shape: of the values.
+      what: their name, for the message.
+
+    Raises:
+      CompressError: for a mask that does not fit.
+    """
+    if where is None:
+        return None
+    try:
+        return jnp.broadcast_to(where, shape).astype(bool)
+    except ValueError:
+        raise CompressError(
+            f"where has the shape {jnp.shape(where)}, and the {what} are {shape}: write a mask "
+            "that broadcasts to them"
+        ) from None
+
+
 def check_labels(labels: jax.Array, logits: jax.Array, axis: int) -> None:
     """Raises a CompressError unless there is one integer label for each example of the logits."""
     expected = list(logits.shape)
@@ -109,6 +131,7 @@ def log_p(
 ) -> jax.Array:
     """The logarithm of `softmax(logits / temperature)`, minus infinity where no class counts."""
     scaled = logits.astype(jnp.float32) / temperature
+    where = counted(where, logits.shape, "logits")
     return jax.nn.log_softmax(scaled, axis=axis, where=where)
 
 
@@ -129,12 +152,13 @@ def mean_of(values: jax.Array, batch_ndim: int, where: jax.Array | None = None) 
     Args:
       values: `[batch..., ...]`.
       batch_ndim: leading axes that stay.
-      where: broadcastable to the values; None: all count. An example of which nothing counts gives
-        zero.
+      where: broadcastable to the values; None: all count. An example of which nothing counts, or
+        that has nothing, gives zero.
     """
     axes = tuple(range(batch_ndim, values.ndim))
     if where is None:
-        return jnp.mean(values, axis=axes)
+        # Nothing to average gives zero too.
+        return jnp.mean(values, axis=axes) if values.size else jnp.sum(values, axis=axes)
     where = jnp.broadcast_to(where, values.shape).astype(bool)
     count = jnp.sum(where, axis=axes)
     # What does not count is taken out before the sum, so that its infinities reach no gradient.

@@ -88,6 +88,7 @@ def beam_search(
       >>> found.sequences[0].tolist(), [f"{p:.3f}" for p in jnp.exp(found.scores[0])]
       ([[2, 0, 0, 0], [1, 2, 0, 0]], ['0.420', '0.126'])
     """
+    start = jnp.asarray(start)
     words = vocabulary(step, state, start)
     if beam < 1 or length < 1:
         raise CompressError(f"beam={beam}, length={length}: both are at least 1")
@@ -115,7 +116,7 @@ def beam_search(
         count = at.length + ~at.ended
         totals = at.total[..., None] + logs
         scores = totals / (((5.0 + count) / 6.0) ** length_penalty)[..., None]
-        score, index = jax.lax.top_k(scores.reshape(batch, -1), beam)
+        score, index = jax.lax.top_k(scores.reshape(batch, beam * words), beam)
         parent, token = index // words, (index % words).astype(start.dtype)
         pick = lambda x: jnp.take_along_axis(x, parent, axis=1)
         rows = (jnp.arange(batch)[:, None] * beam + parent).reshape(-1)
@@ -124,7 +125,7 @@ def beam_search(
             t=at.t + 1,
             state=jax.tree.map(lambda x: x if x.ndim == 0 else x[rows], state),
             token=token,
-            total=jnp.take_along_axis(totals.reshape(batch, -1), index, axis=1),
+            total=jnp.take_along_axis(totals.reshape(batch, beam * words), index, axis=1),
             score=score,
             length=pick(count),
             ended=at.ended if end is None else pick(at.ended) | (token == end),

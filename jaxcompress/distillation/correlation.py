@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.distillation.arguments import log_p, mean_of, pair, positive
+from jaxcompress.distillation.arguments import counted, log_p, mean_of, pair, positive
 
 
 def dist(
@@ -55,7 +55,8 @@ def dist(
     """
     student, teacher = pair(student, teacher, "logits")
     temperature = positive("temperature", temperature, 2.0)
-    counts = jnp.broadcast_to(True if where is None else where, student.shape)
+    where = counted(where, student.shape, "logits")
+    counts = jnp.ones(student.shape, bool) if where is None else where
     q, p = (jnp.exp(log_p(x, temperature, axis, counts)) for x in (student, teacher))
     last = lambda x: jnp.moveaxis(x, axis, -1)
     q, p, counts = last(q), last(p), last(counts)

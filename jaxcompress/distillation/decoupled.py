@@ -5,7 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.distillation.arguments import check_labels, log_p, log_sum, pair, positive
+from jaxcompress.distillation.arguments import (
+    check_labels,
+    counted,
+    log_p,
+    log_sum,
+    pair,
+    positive,
+)
 from jaxcompress.distillation.divergences import kl_of_logs
 
 
@@ -57,6 +64,7 @@ def dkd(
     """
     student, teacher = pair(student, teacher, "logits")
     check_labels(labels, student, axis)
+    where = counted(where, student.shape, "logits")
     temperature = positive("temperature", temperature, 2.0)
     target = jax.nn.one_hot(labels, student.shape[axis], axis=axis, dtype=bool)
     others = ~target if where is None else ~target & where

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress.distillation.arguments import check_labels, mean_of, pair, positive, share
+from jaxcompress.distillation.arguments import (
+    check_labels,
+    counted,
+    mean_of,
+    pair,
+    positive,
+    share,
+)
 from jaxcompress.distillation.divergences import forward_kl
 
 
@@ -94,10 +101,11 @@ def logit_regression(
       0.0
     """
     student, teacher = pair(student, teacher, "logits")
+    where = counted(where, student.shape, "logits")
     batch_ndim = student.ndim - 1
     gap = jnp.moveaxis(student - teacher, axis, -1)
     if where is not None:
-        where = jnp.moveaxis(jnp.broadcast_to(where, student.shape), axis, -1).astype(bool)
+        where = jnp.moveaxis(where, axis, -1)
         # Taken out before the square, so that infinities that do not count reach no gradient.
         gap = jnp.where(where, gap, 0.0)
     if centered:
@@ -149,8 +157,7 @@ def distillation_loss(
     alpha = share("alpha", alpha)
     soft = soft_targets(student, teacher, temperature=temperature, axis=axis, where=where)
     check_labels(labels, student, axis)
-    if where is not None:
-        where = jnp.broadcast_to(where, student.shape)
+    where = counted(where, student.shape, "logits")
     hard = optax.softmax_cross_entropy_with_integer_labels(
         student.astype(jnp.float32), labels, axis=axis, where=where
     )

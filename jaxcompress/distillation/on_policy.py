@@ -49,6 +49,7 @@ def sample_sequences(
       >>> sample_sequences(step, None, jnp.array([0]), jax.random.key(0), length=4).tolist()
       [[1, 0, 1, 0]]
     """
+    start = jnp.asarray(start)
     vocabulary(step, state, start)
     if length < 1:
         raise CompressError(f"length={length}: write at least 1")

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.distillation.arguments import mean_of, pair
+from jaxcompress.distillation.arguments import counted, mean_of, pair
 from jaxcompress.distillation.logits import soft_targets
 from jaxcompress.errors import CompressError
 
@@ -38,7 +38,8 @@ def vocabulary(step: Step, state: Any, token: jax.Array) -> int:
             f"step gives logits {logits.shape} for tokens {token.shape}: [batch, vocabulary] is due"
         )
     kinds = lambda tree: jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree)
-    if kinds(state) != kinds(after):
+    # By their leaves: what a state is made of may have no equality of its own.
+    if jax.tree.flatten(kinds(state)) != jax.tree.flatten(kinds(after)):
         raise CompressError(
             f"step takes the state {kinds(state)} and gives {kinds(after)}; they must be alike"
         )
@@ -71,6 +72,7 @@ def forced_logits(step: Step, state: Any, start: jax.Array, tokens: jax.Array) -
       >>> forced_logits(step, None, jnp.array([0]), jnp.array([[1, 1]])).tolist()
       [[[0.0, 2.0], [1.0, 0.0]]]
     """
+    start = jnp.asarray(start)
     vocabulary(step, state, start)
     if tokens.ndim != 2 or tokens.shape[0] != start.shape[0]:
         raise CompressError(f"tokens {tokens.shape} are not [batch, length] for {start.shape}")
@@ -143,8 +145,8 @@ def word_level(
     student, teacher = pair(student, teacher, "logits")
     if student.ndim < 2:
         raise CompressError(f"logits {student.shape} have no axis of tokens before the last")
+    where = counted(where, student.shape[:-1], "tokens")
     if where is not None:
-        where = jnp.broadcast_to(where, student.shape[:-1]).astype(bool)
         student, teacher = (jnp.where(where[..., None], x, 0.0) for x in (student, teacher))
     values = loss(student, teacher)
     if values.shape != student.shape[:-1]:

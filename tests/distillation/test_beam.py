@@ -209,3 +209,10 @@ def test_bad_input():
         closest(beams, jnp.zeros((3, 4), int), sentence_bleu)
     with pytest.raises(jc.CompressError, match="order=0"):
         sentence_bleu(start, start, order=0)
+
+
+def test_a_beam_of_no_sequences() -> None:
+    step = lambda state, token: (jnp.eye(3)[token], state)
+    found = beam_search(step, None, jnp.zeros(0, int), beam=2, length=3, end=0)
+    assert found.sequences.shape == (0, 2, 3)
+    assert found.scores.shape == (0, 2)

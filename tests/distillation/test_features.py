@@ -352,3 +352,8 @@ def test_bad_input():
             factor_transfer(x, x, p=bad)
     with pytest.raises(jc.CompressError, match="margin=-1"):
         activation_boundaries(x, x, margin=-1.0)
+
+
+def test_features_without_positions_are_no_loss() -> None:
+    x = jnp.ones((2, 0, 3))
+    assert hint(x, x).tolist() == activation_boundaries(x, x).tolist() == [0.0, 0.0]

@@ -301,3 +301,24 @@ def test_bad_input():
         virtual_teacher(LABELS, 1, correct=0.9)
     with pytest.raises(jc.CompressError, match="correct=9"):
         virtual_teacher(LABELS, 10, correct=9)
+
+
+def test_masks_of_logits_are_numbers_or_booleans_and_broadcast_to_them() -> None:
+    student, teacher, labels = jnp.eye(2, 3), jnp.ones((2, 3)), jnp.array([0, 1])
+    losses = (
+        soft_targets,
+        logit_regression,
+        dist,
+        lambda s, t, where: dkd(s, t, labels, where=where),
+        lambda s, t, where: distillation_loss(
+            s, t, labels, alpha=0.5, temperature=2.0, where=where
+        ),
+    )
+    for loss in losses:
+        expected = loss(student, teacher, where=jnp.array([True, True, False]))
+        for dtype in (int, float):
+            actual = loss(student, teacher, where=jnp.array([1, 1, 0], dtype))
+            np.testing.assert_array_equal(actual, expected)
+        for shape in ((4,), (5, 2, 3)):
+            with pytest.raises(jc.CompressError, match="where has the shape"):
+                loss(student, teacher, where=jnp.ones(shape, bool))

@@ -176,3 +176,30 @@ def test_bad_input():
 
 def test_sequences_without_tokens():
     np.testing.assert_array_equal(word_level(jnp.ones((2, 0, 3)), jnp.ones((2, 0, 3))), np.zeros(2))
+
+
+class _Bare:
+    """A node of a pytree without an equality of its own."""
+
+    def __init__(self, inside: jax.Array) -> None:
+        self.inside = inside
+
+
+jax.tree_util.register_pytree_node(
+    _Bare, lambda node: ((node.inside,), None), lambda _, inside: _Bare(*inside)
+)
+
+
+def test_states_are_compared_by_their_leaves() -> None:
+    step = lambda state, token: (jnp.eye(3)[token], _Bare(state.inside + 1))
+    start, tokens = np.array([0, 1]), jnp.array([[1], [2]])
+    logits = forced_logits(step, _Bare(jnp.zeros(2)), start, tokens)
+    np.testing.assert_array_equal(logits[:, 0], jnp.eye(3)[:2])
+    other = lambda state, token: (jnp.eye(3)[token], _Bare(state.inside.astype(int)))
+    with pytest.raises(jc.CompressError, match="alike"):
+        forced_logits(other, _Bare(jnp.zeros(2)), start, tokens)
+
+
+def test_a_mask_of_other_tokens_is_told() -> None:
+    with pytest.raises(jc.CompressError, match="tokens are"):
+        word_level(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), where=jnp.ones((2, 5)))
