@@ -2,7 +2,8 @@
 
 from jaxcompress.pruning.structure.find import Groups, groups
 from jaxcompress.pruning.structure.members import Group, Member
-from jaxcompress.pruning.structure.planning import LeafPlan, Plan, keep_channels, plan
+from jaxcompress.pruning.structure.planning import plan
+from jaxcompress.pruning.structure.plans import LeafPlan, Plan, keep_channels
 from jaxcompress.pruning.structure.shrinking import (
     mask,
     shrink,

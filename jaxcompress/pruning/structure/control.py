@@ -11,7 +11,6 @@ from jax import lax
 
 from jaxcompress import compat
 from jaxcompress.errors import CompressError
-from jaxcompress.pruning.structure.shapes import all_zero
 from jaxcompress.pruning.structure.walk import Outcome, Run, Value, Walk, constant, shape_of
 
 Rule = Callable[[Walk, compat.JaxprEqn, list[Value]], Outcome]
@@ -40,7 +39,7 @@ def _meet(walk: Walk, values: Sequence[Value], shape: Sequence[int]) -> Value:
     for other in axes[1:]:
         for a, b in zip(axes[0], other):
             walk.table.unify(a, b)
-    return Value(tuple(all_zero(walk.table, there) for there in zip(*axes)))
+    return Value(tuple(walk.table.all_zero(there) for there in zip(*axes)))
 
 
 def _plain(walk: Walk, value: Value) -> Any:

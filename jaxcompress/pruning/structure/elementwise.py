@@ -48,6 +48,8 @@ def at(eqn: compat.JaxprEqn, values: Sequence[Any]) -> Any:
 def is_zero(eqn: compat.JaxprEqn, values: Sequence[Any]) -> bool:
     """Whether an elementwise equation makes zero of these values, None where they may be any."""
     name = eqn.primitive.name
+    if any(x is not None and not np.all(np.isfinite(x)) for x in values):
+        return False
     if name in _ABSORBING and any(x is not None and not np.any(x) for x in values):
         return True
     if name == "div" and values[0] is not None and not np.any(values[0]):

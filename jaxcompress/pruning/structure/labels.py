@@ -222,6 +222,16 @@ class Table:
         self.bind(factor.group, ((slow, Factor(fast, self.group())),))
         return True
 
+    def one_segment(self, axis: Axis) -> Segment:
+        """The factors of an axis; one factor for all of it, if it has several segments."""
+        axis = self.resolve(axis)
+        if len(axis) == 1:
+            return axis[0]
+        whole = self.group()
+        self.bind(whole, axis)
+        zero = all(factor.zero for segment in axis for factor in segment)
+        return (Factor(length(axis), whole, zero),)
+
     def divided(self, factor: Factor, fast: int) -> Segment | None:
         """A factor as the product of two, the faster one of a given size, or None."""
         return self.resolve(((factor,),))[0] if self._divide(factor, fast) else None
@@ -244,3 +254,12 @@ class Table:
                 return True
             at -= n
         return True
+
+    def all_zero(self, there: Sequence[Axis]) -> Axis:
+        """The first of several axes that go together, flagged where all of them are."""
+        resolved = [self.resolve(axis) for axis in there]
+        if any(_bare(axis) != _bare(resolved[0]) for axis in resolved):
+            return _bare(resolved[0])
+        flags = [[f.zero for segment in axis for f in segment] for axis in resolved]
+        it = iter([all(column) for column in zip(*flags)])
+        return tuple(tuple(f._replace(zero=next(it)) for f in segment) for segment in resolved[0])

@@ -1,4 +1,4 @@
-"""Which axes of an equation go together: those that move, cut and join."""
+"""Which axes of an equation go together: those that move and are cut."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from jax import lax
 
 from jaxcompress import compat
+from jaxcompress.pruning.structure import joins
 from jaxcompress.pruning.structure.labels import UNIT, Axis, Factor, Table, flagged, length, width
 from jaxcompress.pruning.structure.walk import Outcome, Value, Walk, shape_of
 
@@ -96,7 +97,7 @@ def _block(old: Sequence[Axis], new: Sequence[int]) -> tuple[int, int] | None:
 
 def _split(table: Table, old: Sequence[Axis], new: Sequence[int]) -> list[Axis]:
     """The axes of one block, pinned where a group would be torn."""
-    factors = [factor for axis in old for factor in _one_segment(table, axis)]
+    factors = [factor for axis in old for factor in table.one_segment(axis)]
     out: list[Axis] = []
     for n in new:
         taken: list[Factor] = []
@@ -117,71 +118,11 @@ def _split(table: Table, old: Sequence[Axis], new: Sequence[int]) -> list[Axis]:
     return out
 
 
-def _one_segment(table: Table, axis: Axis) -> Sequence[Factor]:
-    """The factors of an axis; one factor for all of it, if it has several segments."""
-    if len(axis) == 1:
-        return axis[0]
-    whole = table.group()
-    zero = all(factor.zero for segment in axis for factor in segment)
-    table.bind(whole, axis)
-    return [Factor(length(axis), whole, zero)]
-
-
 def _torn(table: Table, old: Sequence[Axis], new: Sequence[int]) -> list[Axis]:
     why = f"it is taken apart {table.place}"
     for axis in old:
         table.pin(axis, why)
     return table.axes(new, why)
-
-
-def _concatenate(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
-    where, table = eqn.params["dimension"], walk.table
-    axes = []
-    for a in range(len(ins[0].axes)):
-        there = [value.axes[a] for value in ins]
-        if a == where:
-            axes.append(_joined(table, there))
-            continue
-        for other in there[1:]:
-            table.unify(there[0], other)
-        axes.append(all_zero(table, there))
-    return Outcome([Value(tuple(axes))])
-
-
-def _joined(table: Table, parts: Sequence[Axis]) -> Axis:
-    why = [table.pinned(part) for part in parts]
-    if all(w is not None for w in why):
-        return table.axis(sum(map(length, parts)), f"{why[0]}; joined {table.place}")
-    return tuple(segment for part in parts for segment in table.resolve(part))
-
-
-def all_zero(table: Table, there: Sequence[Axis]) -> Axis:
-    """The first of several axes that go together, flagged where all of them are."""
-    resolved = [table.resolve(axis) for axis in there]
-    if any(flagged(axis, False) != flagged(resolved[0], False) for axis in resolved):
-        return flagged(resolved[0], False)
-    flags = [[f.zero for segment in axis for f in segment] for axis in resolved]
-    it = iter([all(column) for column in zip(*flags)])
-    return tuple(tuple(f._replace(zero=next(it)) for f in segment) for segment in resolved[0])
-
-
-def _pad(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
-    table = walk.table
-    zero = ins[1].known is not None and ins[1].known == 0
-    axes = []
-    for axis, (low, high, inside) in zip(ins[0].axes, eqn.params["padding_config"]):
-        if (low, high, inside) == (0, 0, 0):
-            axes.append(axis if zero else flagged(axis, False))
-            continue
-        why = f"it is padded {table.place}"
-        if table.pinned(axis) or inside or min(low, high) < 0:
-            table.pin(axis, why)
-            n = length(axis)
-            axes.append(table.axis(n + low + high + inside * (n - 1), why))
-            continue
-        pads = [table.axis(n, why) if n else () for n in (low, high)]
-        axes.append((*pads[0], *table.resolve(axis), *pads[1]))
-    return Outcome([Value(tuple(axes))])
 
 
 # What is cut.
@@ -282,7 +223,7 @@ def _dynamic_update_slice(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) ->
     for axis, update in zip(ins[0].axes, ins[1].axes):
         if length(axis) == length(update):
             walk.table.unify(axis, update)
-            axes.append(all_zero(walk.table, (axis, update)))
+            axes.append(walk.table.all_zero((axis, update)))
             continue
         why = f"parts of it are written {walk.table.place}"
         walk.table.pin(axis, why)
@@ -320,12 +261,11 @@ def _gather(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
 
 
 RULES: dict[str, Rule] = {
+    **joins.RULES,
     "transpose": _transpose,
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,
-    "concatenate": _concatenate,
-    "pad": _pad,
     "slice": _slice,
     "split": _split_axis,
     "rev": _rev,

@@ -14,7 +14,7 @@ from jaxcompress.errors import CompressError
 from jaxcompress.optimizer_state import owner
 from jaxcompress.pruning.structure.find import members_of
 from jaxcompress.pruning.structure.function import Labelled, label, leaves_of
-from jaxcompress.pruning.structure.planning import LeafPlan, Plan
+from jaxcompress.pruning.structure.plans import LeafPlan, Plan
 
 
 def mask(params: Any, plan: Plan) -> Any:
