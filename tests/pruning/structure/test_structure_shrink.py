@@ -88,7 +88,7 @@ ACTS = {
 }  # fmt: skip
 
 
-@settings(max_examples=12, derandomize=True, deadline=None, database=None)
+@settings(max_examples=5, derandomize=True, deadline=None, database=None)
 @given(st.lists(st.sampled_from(sorted(ACTS)), min_size=2, max_size=4), st.integers(0, 99))
 def test_no_composition_of_operations_is_removed_from_wrongly(names, seed):
     """Layers with operations between them that mix channels in all ways."""
@@ -96,7 +96,7 @@ def test_no_composition_of_operations_is_removed_from_wrongly(names, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=60, deadline=None, database=None)
 @given(st.lists(st.sampled_from(sorted(ACTS)), min_size=1, max_size=4), st.integers(0, 99))
 def test_no_composition_of_operations_is_removed_from_wrongly_slow(names, seed):
     check_composition(names, seed)
@@ -119,9 +119,10 @@ def check_composition(names, seed):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * (1 + float(jnp.abs(want).max())))
 
 
-def test_each_operation_alone():
-    for name in ACTS:
-        check_composition([name], 3)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACTS)
+def test_each_operation_alone(name):
+    check_composition([name], 3)
 
 
 def test_other_functions_of_the_params_and_other_batches():
@@ -162,7 +163,7 @@ def hidden(act):
 
 def test_a_custom_derivative_stays():
     """One that is not the derivative of what is computed, and that looks at its values."""
-    act = jax.custom_jvp(jnp.round)
+    act = jax.custom_jvp(lambda x: jnp.round(x))
     act.defjvp(lambda x, t: (jnp.round(x[0]), 3 * t[0] * jnp.cos(x[0])))
     fn, params, x = hidden(act)
     agree(fn, params, (x,), keep_channels(groups(fn, params, x), _first(fn, params, x)))
@@ -174,7 +175,7 @@ def _first(fn, params, x):
 
 
 def test_a_custom_vjp_runs_and_refuses_to_be_trained():
-    act = jax.custom_vjp(jnp.round)
+    act = jax.custom_vjp(lambda x: jnp.round(x))
     act.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
     fn, params, x = hidden(act)
     plan = keep_channels(groups(fn, params, x), _first(fn, params, x))
