@@ -173,7 +173,7 @@ class Table:
             return
         if length(a) != length(b):
             self._conflict(a, b)
-        elif self._single(a):
+        elif self._single(a) and not (self._single(b) and a[0][0].group in self.frozen):
             self.bind(a[0][0].group, b)
         elif self._single(b):
             self.bind(b[0][0].group, a)

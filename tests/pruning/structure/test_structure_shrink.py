@@ -155,6 +155,18 @@ def test_batch_norm_in_training_gives_smaller_statistics():
     close(shrink_params(params | masked, plan)["batch_stats"], stats["batch_stats"])
 
 
+def test_relu_keeps_its_derivative_at_zero():
+    """Its rule meets zeros that know of no channels; at 0 it is 0, and that of max is 1/2."""
+    fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
+    params = {"up": array(0, 3, 6).at[:, 2].set(0), "down": array(1, 6, 2)}
+    x = array(2, 4, 3)
+    plan = keep_channels(groups(fn, params, x), _first(fn, params, x))
+    small, fewer = shrink(fn, params, plan)
+    slope = jax.jit(jax.grad(lambda p: small(p, x).sum()))(fewer)["up"]
+    assert not slope[:, 1].any()
+    assert slope[:, 0].any()
+
+
 def hidden(act):
     params = {"up": array(0, 3, 6), "down": array(1, 6, 2)}
     fn = lambda p, x: act(x @ p["up"]) @ p["down"]
