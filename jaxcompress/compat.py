@@ -220,6 +220,39 @@ def jvp_jaxpr(eqn: JaxprEqn, zeros: Sequence[bool]) -> tuple[Jaxpr, Sequence[Any
     return eqn.params["jvp_jaxpr_fun"].call_wrapped(*zeros)
 
 
+def vjp_forward(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any], Sequence[int | None]]:
+    """The forward pass of a `custom_vjp_call` equation.
+
+    Returns:
+      A jaxpr from the operands, constants left out, to residuals and outputs; its constants; and
+      for each residual the operand that it is, or None for the next that the jaxpr computes.
+    """
+    count = len(eqn.invars) - eqn.params["num_consts"]
+    jaxpr, consts = eqn.params["fwd_jaxpr_thunk"].call_wrapped(*[True] * count)
+    return jaxpr, consts, eqn.params["out_trees"]()[2]
+
+
+def vjp_backward(eqn: JaxprEqn, like: Sequence[Any]) -> tuple[ClosedJaxpr, list[bool]]:
+    """The backward pass of a `custom_vjp_call` equation.
+
+    Args:
+      eqn: the equation, whose forward pass was asked for before.
+      like: variables or arrays of the types of residuals and cotangents.
+
+    Returns:
+      A jaxpr from these to the cotangents that there are, and which operands have none.
+    """
+    none: list[bool] = []
+
+    def run(*args: Any) -> list[Any]:
+        found = eqn.params["bwd"].call_wrapped(*args)
+        none[:] = [isinstance(x, ad.Zero) for x in found]
+        return [x for x in found if not isinstance(x, ad.Zero)]
+
+    types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in like]
+    return jax.make_jaxpr(run)(*types), none
+
+
 def dtype_of(v: Any) -> Any:
     """The dtype of a variable of a jaxpr."""
     return v.aval.dtype

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress import compat
-from jaxcompress.errors import CompressError
+from jaxcompress.pruning.structure import custom
 from jaxcompress.pruning.structure.walk import Outcome, Run, Value, Walk, constant, shape_of
 
 Rule = Callable[[Walk, compat.JaxprEqn, list[Value]], Outcome]
@@ -61,10 +61,6 @@ def _settled(
         del walk.products[products:]
 
 
-def _fit(walk: Walk, arrays: Sequence[Any], own: Sequence[Value], to: Sequence[Value]) -> list[Any]:
-    return [x if b.whole else walk.fitted(x, a, b.axes) for x, a, b in zip(arrays, own, to)]
-
-
 def _scan(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
     p = eqn.params
     n_consts, n_carry = compat.scan_counts(p)
@@ -85,9 +81,9 @@ def _scan(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
     def run(arrays: list[Any]) -> list[Any]:
         def step(state: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
             found = inner([*arrays[:n_consts], *state, *xs])
-            return _fit(walk, found[:n_carry], outs, carry), found[n_carry:]
+            return walk.fit_all(found[:n_carry], outs, carry), found[n_carry:]
 
-        start = _fit(walk, arrays[n_consts : n_consts + n_carry], init, carry)
+        start = walk.fit_all(arrays[n_consts : n_consts + n_carry], init, carry)
         start = [jnp.asarray(x) for x in start]
         state, ys = lax.scan(
             step,
@@ -127,8 +123,8 @@ def _while(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
             arrays[n_cond : n_cond + n_body],
             arrays[n_cond + n_body :],
         )
-        start = [jnp.asarray(x) for x in _fit(walk, start, init, carry)]
-        step = lambda state: _fit(walk, inner([*fixed, *state]), outs, carry)
+        start = [jnp.asarray(x) for x in walk.fit_all(start, init, carry)]
+        step = lambda state: walk.fit_all(inner([*fixed, *state]), outs, carry)
         return lax.while_loop(lambda state: test([*first, *state])[0], step, start)
 
     return Outcome(carry, run)
@@ -145,69 +141,9 @@ def _cond(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
 
     def run(arrays: list[Any]) -> list[Any]:
         def branch(own: list[Value], inner: Run) -> Any:
-            return lambda *x: [jnp.asarray(y) for y in _fit(walk, inner(list(x)), own, outs)]
+            return lambda *x: [jnp.asarray(y) for y in walk.fit_all(inner(list(x)), own, outs)]
 
         return lax.switch(arrays[0], [branch(*each) for each in walked], *arrays[1:])
-
-    return Outcome(outs, run)
-
-
-def _custom_jvp(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
-    body, consts = compat.open_jaxpr(eqn.params["call_jaxpr"])
-    outs, inner = walk.jaxpr(body, consts, ins)
-    n = eqn.params["num_consts"]
-    # What depends on no argument, or is no float, has no tangent.
-    moving = [
-        not value.whole and compat.has_tangent(v) for value, v in zip(ins[n:], eqn.invars[n:])
-    ]
-
-    def run(arrays: list[Any]) -> list[Any]:
-        if walk.untouched([*ins, *outs]):
-            return compat.bind(eqn, arrays)
-        small = jax.custom_jvp(lambda *x: inner([*arrays[:n], *x]))
-
-        @small.defjvp
-        def _(primals: Any, tangents: Any) -> Any:
-            jaxpr, closed, zeros = compat.jvp_jaxpr(eqn, [not m for m in moving])
-            own = [value for value, m in zip(ins[n:], moving) if m]
-            values, derivative = walk.jaxpr(jaxpr, closed, [*ins[n:], *own])
-            walk.check()
-            there = [t for t, m in zip(tangents, moving) if m]
-            found = derivative([*primals, *there])
-            first = found[: len(outs)]
-            rest = iter(zip(values[len(outs) :], found[len(outs) :]))
-            moved = []
-            for x, out, zero in zip(first, outs, zeros):
-                if zero:
-                    moved.append(compat.zero_tangent(x))
-                    continue
-                value, y = next(rest)
-                moved.append(walk.fitted(y, value, out.axes))
-            return first, moved
-
-        return list(small(*arrays[n:]))
-
-    return Outcome(outs, run)
-
-
-def _custom_vjp(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
-    body, consts = compat.open_jaxpr(eqn.params["call_jaxpr"])
-    outs, inner = walk.jaxpr(body, consts, ins)
-    where = walk.table.place
-
-    def run(arrays: list[Any]) -> list[Any]:
-        if walk.untouched([*ins, *outs]):
-            return compat.bind(eqn, arrays)
-        small = jax.custom_vjp(lambda *x: inner(list(x)))
-
-        def refuse(*_: Any) -> Any:
-            raise CompressError(
-                f"channels are removed from what meets a `custom_vjp` function, {where}, and its "
-                "derivative is not known at other sizes: the result runs, but cannot be trained"
-            )
-
-        small.defvjp(refuse, refuse)
-        return list(small(*arrays))
 
     return Outcome(outs, run)
 
@@ -223,6 +159,5 @@ RULES: dict[str, Rule] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
-    "custom_jvp_call": _custom_jvp,
-    "custom_vjp_call": _custom_vjp,
+    **custom.RULES,
 }

@@ -135,6 +135,12 @@ class Walk:
             return jnp.full(shape, value.known, x.dtype)
         return self.kept.take(x, axes)
 
+    def fit_all(
+        self, arrays: Sequence[Any], own: Sequence[Value], to: Sequence[Value]
+    ) -> list[Any]:
+        """Arrays as these other values have them; what is whole there stays so."""
+        return [x if b.whole else self.fitted(x, a, b.axes) for x, a, b in zip(arrays, own, to)]
+
     def untouched(self, values: Sequence[Value]) -> bool:
         """Whether nothing is removed from any of these."""
         axes = [axis for value in values for axis in value.axes]
