@@ -125,6 +125,103 @@ def test_each_operation_alone(name):
     check_composition([name], 3)
 
 
+def conv(x, kernel, groups=1, dilate=1):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", (dilate, 1), None, layout, feature_group_count=groups
+    )
+
+
+def shuffled(x, groups):
+    """The channels of ShuffleNet: of all groups in turns."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h, w, groups, c // groups).swapaxes(3, 4).reshape(x.shape)
+
+
+def to_space(x):
+    n, h, w, c = x.shape
+    x = (
+        x.reshape(n, h, w, 2, 2, c // 4)
+        .transpose(0, 1, 3, 2, 4, 5)
+        .reshape(n, 2 * h, 2 * w, c // 4)
+    )
+    return jnp.concatenate([x] * 4, -1)[:, :h, :w]
+
+
+# Of eight channels to eight; each may use a kernel `k(*shape)`.
+LAYERS = {
+    "conv": lambda x, k: conv(x, k(3, 3, 8, 8)),
+    "depthwise": lambda x, k: conv(x, k(3, 3, 1, 8), 8),
+    "multiplied": lambda x, k: conv(conv(x, k(3, 3, 1, 16), 8), k(1, 1, 16, 8)),
+    "grouped": lambda x, k: conv(x, k(1, 3, 4, 8), 2),
+    "shuffle": lambda x, k: shuffled(conv(x, k(1, 1, 2, 8), 4), 4),
+    "shuffled": lambda x, k: shuffled(conv(x, k(1, 1, 8, 8)), 2),
+    "relu": lambda x, k: jax.nn.relu(x + k(8)),
+    "swish": lambda x, k: jax.nn.silu(x * k(8)) + k(8),
+    "residual": lambda x, k: x + conv(jax.nn.relu(conv(x, k(1, 1, 8, 6))), k(1, 1, 6, 8)),
+    "excite": lambda x, k: x * jax.nn.sigmoid(jnp.tanh(x.mean((1, 2)) @ k(8, 3)) @ k(3, 8))[:, None, None],
+    "gate": lambda x, k: (lambda y: y[..., :8] * jax.nn.sigmoid(y[..., 8:]))(conv(x, k(1, 1, 8, 16))),
+    "dense": lambda x, k: jnp.concatenate([x[..., 3:], conv(x, k(1, 1, 8, 3))], -1),
+    "pool": lambda x, k: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "SAME"),
+    "pad": lambda x, k: jnp.pad(conv(x, k(1, 1, 8, 5)), ((0, 0), (0, 0), (0, 0), (1, 2))),
+    "space": lambda x, k: to_space(x),
+    "layer norm": lambda x, k: (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1) * k(8),
+    "rms norm": lambda x, k: x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1) * k(8),
+    "group norm": lambda x, k: (lambda y: (y * jax.lax.rsqrt((y**2).mean((1, 2, 4), keepdims=True) + 1)).reshape(x.shape))(x.reshape(*x.shape[:3], 2, 4)),
+    "flat": lambda x, k: (x.reshape(len(x), -1) @ k(72, 72)).reshape(x.shape),
+    "attention": lambda x, k: jnp.einsum("nij,njc->nic", jax.nn.softmax(jnp.einsum("nic,njc->nij", *(x.reshape(len(x), 9, 8) @ k(8, 8) for _ in range(2)))), x.reshape(len(x), 9, 8)).reshape(x.shape),
+    "channel attention": lambda x, k: jnp.einsum("nhwc,ncd->nhwd", x, jnp.einsum("nhwc,nhwd->ncd", x, conv(x, k(1, 1, 8, 8)))),
+    "scan": lambda x, k: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w) + c, c.sum()), x, k(2, 8, 8))[0],
+    "rows": lambda x, k: jax.lax.scan(lambda c, r: ((y := jnp.tanh(c @ k(8, 8) + r)), y), jnp.zeros_like(x[:, 0]), x.swapaxes(0, 1))[1].swapaxes(0, 1),
+    "transposed": lambda x, k: (x.swapaxes(2, 3) @ k(3, 3)).swapaxes(2, 3),
+    "vmapped": lambda x, k: jax.vmap(lambda y, w: y * w, (-1, 0), -1)(x, k(8)),
+    "looked up": lambda x, k: x + k(5, 8)[jnp.arange(3)],
+    "table": lambda x, k: x * jnp.linspace(0.5, 1, 8) + jnp.cos(jnp.arange(8.0)),
+    "dropout": lambda x, k: jnp.where(jax.random.bernoulli(jax.random.key(0), 0.7, x.shape), x, 0),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=5), st.integers(0, 99))
+def test_no_composition_of_layers_is_removed_from_wrongly(names, seed):
+    check_layers(names, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_each_layer_alone(name):
+    check_layers(["conv", name, "relu", "conv"], 5)
+
+
+def check_layers(names, seed):
+    params = {"in": 0.5 * array(0, 2, 8), "out": 0.5 * array(1, 8, 2)}
+
+    def fn(p, x, made=None):
+        h = x @ p["in"]
+        for i, name in enumerate(names):
+            count = iter(range(9))
+
+            def kernel(*shape, i=i, count=count):
+                path = f"{i}-{next(count)}"
+                if made is not None:
+                    made[path] = shape
+                    return jnp.zeros(shape)
+                return p[path]
+
+            h = LAYERS[name](h, kernel)
+        return h.mean((1, 2)) @ p["out"]
+
+    x, made = array(seed, 3, 3, 3, 2), {}
+    jax.eval_shape(lambda p, x: fn(p, x, made), params, x)
+    for n, (path, shape) in enumerate(made.items()):
+        params[path] = array(n + 2, *shape) / np.sqrt(shape[-2:][0])
+    plan = random_plan(groups(fn, params, x), seed)
+    small, fewer = shrink(fn, params, plan)
+    want, got = jax.jit(fn)(mask(params, plan), x), jax.jit(small)(fewer, x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * (1 + float(jnp.abs(want).max())))
+
+
 def test_other_functions_of_the_params_and_other_batches():
     """One plan for a loss, at other shapes, with dropout whose random numbers stay those."""
     params = {"a": array(0, 3, 8), "b": array(1, 8, 2)}
