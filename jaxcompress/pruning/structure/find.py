@@ -85,6 +85,25 @@ class Groups(Tabular):
         kept = kept or {}
         return [kept.get(group, group.size) for group in self.groups]
 
+    def dot(self, pinned: bool = False) -> str:
+        """The groups as a graph in the language of Graphviz: groups, leaves, and axes between.
+
+        Args:
+          pinned: whether to draw groups from which nothing can be removed.
+        """
+        lines = ["graph groups {", "  rankdir=LR;", "  node [shape=box];"]
+        for n, group in enumerate(self.groups):
+            if group.pinned is not None and not pinned:
+                continue
+            style = (
+                ', style=dashed, tooltip="' + _quoted(group.pinned) + '"' if group.pinned else ""
+            )
+            lines.append(f'  g{n} [label="{group.size} channels", shape=ellipse{style}];')
+            for member in group.members:
+                text = _line(member).removeprefix(member.path)
+                lines.append(f'  g{n} -- "{_quoted(member.path)}" [label="{_quoted(text)}"];')
+        return "\n".join([*lines, "}"])
+
     def __rich__(self) -> RichTable:
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -105,6 +124,10 @@ class Groups(Tabular):
             f"Groups({len(free)} removable of {sum(group.size for group in free)} channels, "
             f"{len(self.groups) - len(free)} pinned)"
         )
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _line(member: Member) -> str:

@@ -6,8 +6,9 @@ import pytest
 from structure_models import FAST, SLOW, array, expected, linen, members
 
 from jaxcompress import CompressError
-from jaxcompress.pruning.structure import groups
+from jaxcompress.pruning.structure import groups, keep_channels, mask, shrink
 
+pytest.importorskip("tokenizers")
 import _lenet5 as lenet5  # isort: skip
 import _smollm2_model as llama  # isort: skip
 from _minilm_model import MiniLM  # isort: skip
@@ -144,6 +145,45 @@ def test_groups_print_with_reasons():
     assert "it is an axis of the result" in text
     assert "c[0]" in text
     assert repr(found) == "Groups(2 removable of 11 channels, 2 pinned)"
+
+
+def test_groups_are_drawn():
+    (fn, params, args), _ = FAST["mlp"]()
+    found = groups(fn, params, *args)
+    drawn = found.dot()
+    edges = [line.strip() for line in drawn.splitlines() if " -- " in line]
+    assert len(edges) == sum(len(group.members) for group in found.removable)
+    assert sum(edge.endswith('-- "b" [label="[0]"];') for edge in edges) == 1
+    assert drawn.startswith("graph groups {")
+    assert drawn.endswith("}")
+    assert found.dot(pinned=True).count("style=dashed") == 2
+
+
+def test_nnx_and_linen_alike():
+    """An NNX module split into its state, with a batch norm."""
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(3, 6, rngs=rngs)
+            self.norm = nnx.BatchNorm(6, use_running_average=True, rngs=rngs)
+            self.b = nnx.Linear(6, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.b(nnx.relu(self.norm(self.a(x))))
+
+    graph, state = nnx.split(Net(nnx.Rngs(0)))
+    fn = lambda state, x: nnx.merge(graph, state)(x)
+    x = array(0, 4, 3)
+    found = groups(fn, state, x)
+    names = [f"norm/{n}[0]" for n in ("mean", "var", "scale", "bias")]
+    assert removable(found) == expected(
+        (6, ", ".join([*names, "a/kernel[1]", "a/bias[0]", "b/kernel[0]"]))
+    )
+    plan = keep_channels(found, {found.removable[0]: [1, 4]})
+    small, fewer = shrink(fn, state, plan)
+    want = fn(mask(state, plan), x)
+    assert jnp.allclose(jax.jit(small)(fewer, x), want, atol=1e-6)
 
 
 def test_params_that_are_no_arrays_are_refused():
