@@ -50,6 +50,29 @@ class Plan:
         """The new shape of each leaf by path: the widths of a module that is made by hand."""
         return {leaf.path: leaf.small for leaf in self.leaves}
 
+    def then(self, other: Plan) -> Plan:
+        """One plan of the whole for this one and then another, made for what this one leaves.
+
+        So channels can be removed little by little, and one plan is saved.
+
+        Raises:
+          CompressError: for a plan that was not made for what this one leaves.
+
+        Examples:
+          >>> first = Plan((LeafPlan("w", (4,), ((0, 2, 3),)),))
+          >>> first.then(Plan((LeafPlan("w", (3,), ((1, 2),)),))).leaves[0].kept
+          ((2, 3),)
+        """
+        other.check(list(self.shapes.items()), whole=True)
+        leaves = []
+        for a, b in zip(self.leaves, other.leaves):
+            kept = tuple(
+                x if y is None else y if x is None else tuple(x[i] for i in y)
+                for x, y in zip(a.kept, b.kept)
+            )
+            leaves.append(LeafPlan(a.path, a.shape, kept))
+        return Plan(tuple(leaves))
+
     def check(self, leaves: Sequence[tuple[str, tuple[int, ...]]], whole: bool) -> None:
         """Refuses params that the plan was not made for.
 

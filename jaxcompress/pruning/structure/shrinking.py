@@ -13,7 +13,7 @@ import numpy as np
 from jaxcompress.errors import CompressError
 from jaxcompress.optimizer_state import owner
 from jaxcompress.pruning.structure.find import members_of
-from jaxcompress.pruning.structure.function import Labelled, label, leaves_of
+from jaxcompress.pruning.structure.function import Labelled, is_array, label, leaves_of
 from jaxcompress.pruning.structure.plans import LeafPlan, Plan
 
 
@@ -123,7 +123,7 @@ def shrunk(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         plan.check([(path, tuple(x.shape)) for path, x in leaves], whole=False)
         found = label(fn, params, [leaf.shape for leaf in plan.leaves], args, kwargs)
         _keep(found, plan)
-        others = [x for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "dtype")]
+        others = [x for x in jax.tree.leaves((args, kwargs)) if is_array(x)]
         outs = found.run([*(x for _, x in leaves), *others])
         return jax.tree.unflatten(found.structure, [jnp.asarray(x) for x in outs])
 

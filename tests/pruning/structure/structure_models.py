@@ -215,5 +215,12 @@ def scanned():
     return (fn, params, (array(5, 2, 2),)), groups
 
 
-FAST = {"mlp": mlp, "densenet": densenet, "grouped": grouped, "scanned": scanned}
-SLOW = {"resnet": resnet, "inverted": inverted, "unet": unet, "recurrent": recurrent}
+FAST = {"mlp": mlp, "scanned": scanned}
+SLOW = {
+    "resnet": resnet,
+    "inverted": inverted,
+    "densenet": densenet,
+    "grouped": grouped,
+    "unet": unet,
+    "recurrent": recurrent,
+}
