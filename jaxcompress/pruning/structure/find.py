@@ -162,7 +162,9 @@ def groups(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Gr
 
     What is removed is zero in all of its leaves in the masked model (`mask`). A sum over removed
     channels that are zero thus keeps its value, and a mean its divisor: the layer norm or
-    RMS norm of a model whose width is reduced still divides by the full width.
+    RMS norm of a model whose width is reduced still divides by the full width. (Where the masked
+    model divides zero by zero at a removed channel, as by a norm without an epsilon, it has a NaN
+    there, and the smaller one has not.)
 
     Args:
       fn: a function of `params` and the other arguments, such as a Linen module's `apply`, as it
