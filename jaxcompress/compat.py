@@ -60,9 +60,21 @@ def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
+def bind_with(eqn: JaxprEqn, args: Sequence[Any], **changed: Any) -> list[Any]:
+    """Binds an equation's primitive to other arguments with some parameters changed."""
+    outs = eqn.primitive.bind(*args, **{**eqn.primitive.get_bind_params(eqn.params), **changed})
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
 def context(eqn: JaxprEqn) -> contextlib.AbstractContextManager[Any]:
     """The context (mesh, compute type, ...) an equation was traced in."""
     return eqn.ctx.manager if eqn.ctx is not None else contextlib.nullcontext()
+
+
+def place(eqn: JaxprEqn) -> str:
+    """Which equation this is, for a message: its primitive, and the module or line it is of."""
+    scope = str(eqn.source_info.name_stack)
+    return f"{eqn.primitive.name} of {scope}" if scope else eqn.primitive.name
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -245,3 +257,67 @@ def register_lowering(
 
     mlir.register_lowering(primitive, plain)
     mlir.register_lowering(primitive, lower_cpu, platform="cpu")
+
+
+def jvp_jaxpr(eqn: JaxprEqn, zeros: Sequence[bool]) -> tuple[Jaxpr, Sequence[Any], Sequence[bool]]:
+    """The derivative of a `custom_jvp_call` equation.
+
+    Args:
+      eqn: the equation.
+      zeros: which of its operands, constants left out, have no tangent.
+
+    Returns:
+      A jaxpr from the operands and the tangents that there are to the outputs and their tangents,
+      its constants, and which outputs have no tangent.
+    """
+    return eqn.params["jvp_jaxpr_fun"].call_wrapped(*zeros)
+
+
+def vjp_forward(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any], Sequence[int | None]]:
+    """The forward pass of a `custom_vjp_call` equation.
+
+    Returns:
+      A jaxpr from the operands, constants left out, to residuals and outputs; its constants; and
+      for each residual the operand that it is, or None for the next that the jaxpr computes.
+    """
+    count = len(eqn.invars) - eqn.params["num_consts"]
+    jaxpr, consts = eqn.params["fwd_jaxpr_thunk"].call_wrapped(*[True] * count)
+    return jaxpr, consts, eqn.params["out_trees"]()[2]
+
+
+def vjp_backward(eqn: JaxprEqn, like: Sequence[Any]) -> tuple[ClosedJaxpr, list[bool]]:
+    """The backward pass of a `custom_vjp_call` equation.
+
+    Args:
+      eqn: the equation, whose forward pass was asked for before.
+      like: variables or arrays of the types of residuals and cotangents.
+
+    Returns:
+      A jaxpr from these to the cotangents that there are, and which operands have none.
+    """
+    none: list[bool] = []
+
+    def run(*args: Any) -> list[Any]:
+        found = eqn.params["bwd"].call_wrapped(*args)
+        none[:] = [isinstance(x, ad.Zero) for x in found]
+        return [x for x in found if not isinstance(x, ad.Zero)]
+
+    types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in like]
+    return jax.make_jaxpr(run)(*types), none
+
+
+def dtype_of(v: Any) -> Any:
+    """The dtype of a variable of a jaxpr."""
+    return v.aval.dtype
+
+
+def has_tangent(v: Any) -> bool:
+    """Whether a variable of a jaxpr is of a type that is differentiated."""
+    return bool(jax.numpy.issubdtype(v.aval.dtype, jax.numpy.inexact))
+
+
+def zero_tangent(x: jax.Array) -> Any:
+    """The tangent of what does not move."""
+    kind = jax.dtypes.float0
+    moves = jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+    return jax.numpy.zeros_like(x) if moves else np.zeros(x.shape, kind)

@@ -163,7 +163,7 @@ def evaluate(
 ) -> list[Any]:
     """Evaluates a jaxpr on arrays and compressed leaves; its outputs may be either."""
     env: dict[Any, Any] = {}
-    last_use = _last_uses(jaxpr)
+    last_use = last_uses(jaxpr)
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, compat.Literal) else env[v]
@@ -180,7 +180,8 @@ def evaluate(
     return [read(v) for v in jaxpr.outvars]
 
 
-def _last_uses(jaxpr: compat.Jaxpr) -> dict[int, list[Any]]:
+def last_uses(jaxpr: compat.Jaxpr) -> dict[int, list[Any]]:
+    """For the number of an equation the variables that nobody reads after it."""
     seen = {v for v in jaxpr.outvars if not isinstance(v, compat.Literal)}
     last: dict[int, list[Any]] = {}
     for n in range(len(jaxpr.eqns) - 1, -1, -1):
