@@ -290,10 +290,9 @@ def _check_changed(
     their values, four times in all at most: 2**-7. A layer that is not what it is taken for is off
     by a share of the responses themselves.
     """
-    as_pairs = lambda b: b if isinstance(b, tuple) else (b,)
-    run = jax.jit(compressed(hashable(fn)))
+    run = _runner(fn)
     tree = map_with_path(lambda name, leaf: changed.get(name, leaf), params)
-    before, after = (run(p, *as_pairs(batch)).astype(jnp.float32) for p in (params, tree))
+    before, after = (run(p, batch).astype(jnp.float32) for p in (params, tree))
     left, right, moved = (x.astype(jnp.float32) for x in (found.left, found.right, found.bias))
     wanted = matmul(matmul(before, left), right) + moved
     rms = lambda x: float(jnp.sqrt(jnp.mean(jnp.square(x))))
@@ -324,16 +323,21 @@ def _layer(params: Any, path: str, bias: str | None, axes: Any) -> tuple[jax.Arr
     return kernel, None if bias is None else jnp.asarray(leaves[bias])
 
 
+def _runner(fn: Any) -> Callable[[Any, Any], jax.Array]:
+    """The function on a tree and a batch, which gives several arguments if it is a tuple."""
+    run = jax.jit(compressed(hashable(fn)))
+    return lambda params, batch: run(params, *(batch if isinstance(batch, tuple) else (batch,)))
+
+
 def _rows(fn: Any, params: Any, batches: Any, samples: int | None, key: Any) -> jax.Array:
     """The responses of all batches, `[n, d]`, or as many of each as are asked for."""
     if samples is not None and (not is_count(samples, 1) or key is None):
         raise SpecError(
             f"samples={samples!r}: write a whole number of at least 1, and key=jax.random.key(0)"
         )
-    run = jax.jit(compressed(hashable(fn)))
-    out = []
+    run, out = _runner(fn), []
     for i, batch in enumerate(batches):
-        y = run(params, *(batch if isinstance(batch, tuple) else (batch,)))
+        y = run(params, batch)
         y = jnp.asarray(y).reshape(-1, y.shape[-1])
         if samples is not None and samples < len(y):
             y = y[jax.random.permutation(jax.random.fold_in(key, i), len(y))[:samples]]

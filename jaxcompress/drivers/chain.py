@@ -124,13 +124,7 @@ def _chain(
     with progress_bar(progress, "training", len(students)) as advance:
         for number, (params, store) in enumerate(zip(students, stores)):
             told = ChainRound(number, number == len(students) - 1)
-            kept = store.read(number) if store is not None and reading else None
-            reading = kept is not None
-            if kept is not None:
-                trained = kept[0]
-            else:
-                trained = checked(train(copied(params), teachers, told), params, number)
-                _keep(store, number, trained)
+            trained, reading = _trained(train, params, teachers, told, store, reading)
             teachers = (*teachers, trained)
             advance(f"student {number}")
             yield DistilledRound(number, trained)
@@ -193,13 +187,7 @@ def choose_teacher(
     with progress_bar(progress, "training", len(teachers)) as advance:
         for number, teacher in enumerate(teachers):
             told = ChainRound(number, number == len(teachers) - 1)
-            kept = store.read(number) if store is not None and reading else None
-            reading = kept is not None
-            if kept is not None:
-                trained = kept[0]
-            else:
-                trained = checked(train(copied(student), teacher, told), student, number)
-                _keep(store, number, trained)
+            trained, reading = _trained(train, student, teacher, told, store, reading)
             scores.append(float(validate(trained)))
             if not math.isnan(scores[-1]) and (best < 0 or scores[-1] > scores[best]):
                 best, params = number, trained
@@ -216,7 +204,24 @@ def _students(students: Sequence[Any]) -> list[Any]:
     return students
 
 
-def _keep(store: RoundsFolder | None, number: int, params: Any) -> None:
+def _trained(
+    train: Callable[[Any, Any, ChainRound], Any],
+    params: Any,
+    teacher: Any,
+    told: ChainRound,
+    store: RoundsFolder | None,
+    reading: bool,
+) -> tuple[Any, bool]:
+    """A student out of its folder, as long as all before it were there, or trained and kept.
+
+    Returns:
+      Its params, and whether they were there.
+    """
+    kept = store.read(told.number) if store is not None and reading else None
+    if kept is not None:
+        return kept[0], True
+    trained = checked(train(copied(params), teacher, told), params, told.number)
     if store is not None:
-        nothing = jax.tree.map(lambda _: None, params, is_leaf=is_compressed)
-        store.write(number, params, nothing, None)
+        nothing = jax.tree.map(lambda _: None, trained, is_leaf=is_compressed)
+        store.write(told.number, trained, nothing, None)
+    return trained, False

@@ -212,10 +212,8 @@ class TieRows(Spec):
         if is_compressed(leaf):
             return super().__call__(leaf, context)
         leaf = jnp.asarray(leaf)
-        if not leaf.size:
-            raise SpecError(f"{leaf.shape} holds no rows to tie; leave it dense")
         context = context or LeafContext("leaf", default_axes("leaf", leaf.ndim))
-        if leaf.ndim < 2:
+        if leaf.ndim < 2 or not leaf.size:
             raise SpecError(f"{context.path}: shape {leaf.shape} has no rows; leave it dense")
         if isinstance(leaf, jax.core.Tracer):
             raise ValuesNeededError(

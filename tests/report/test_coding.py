@@ -88,6 +88,7 @@ def test_a_tree_is_read_symbol_by_symbol():
         "int5": jc.Quantize("int5")(w),
         "dense": w,
         "step": jnp.arange(3),
+        "step.words": jnp.arange(3),  # a dense array, whatever its key looks like
     }
     table = coded_sizes(tree)
     rows = {row["path"]: row for row in table.rows}
@@ -127,6 +128,12 @@ def test_the_file_takes_what_is_said(tmp_path):
 
     with safe_open(tmp_path / "x", "numpy") as file:
         assert 8 * file.get_tensor("w.indices.words").nbytes == row["file"]
+
+
+@pytest.mark.parametrize("coder", ["huffman", "range", "ans"])
+def test_no_symbols_take_no_codes(coder):
+    stream = encode_symbols([], 3, coder)
+    assert (stream.bits, stream.table.tolist()) == (0, [0, 0, 0])
 
 
 def test_bad_symbols_are_refused():

@@ -138,6 +138,7 @@ def test_bfloat16_stacks_and_codebook_dtypes():
         (lambda: ProductQuantize(codebooks=3)(W), "do not divide 4 blocks"),
         (lambda: ProductQuantize(weighting="gram")(W), "jc.observe"),
         (lambda: ProductQuantize(axis="output")(jnp.ones(3)), "no output axis"),
+        (lambda: ProductQuantize()(jnp.ones((4, 0))), "holds no values"),
         (lambda: ResidualQuantize(0), "stages=0"),
         (lambda: ProductQuantize().fit(W, jnp.zeros(())), "some positive"),
     ],

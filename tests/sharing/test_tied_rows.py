@@ -205,6 +205,7 @@ def test_empty_and_lone_rows():
         (lambda: TieRows(0.0), "above 0"),
         (lambda: TieRows(linkage="ward"), "complete"),
         (lambda: TieRows()(jnp.ones(3)), "no rows"),
+        (lambda: TieRows()(jnp.ones((0, 4))), "no rows"),
         (lambda: cluster_rows(np.ones((2, 2)), 0.5, linkage="ward"), "complete"),
         (lambda: share_rows(jnp.ones((3, 2)), [0, 1]), "do not fit"),
         (lambda: share_rows(jnp.ones((3, 2)), [0, 1, -2]), "do not fit"),
