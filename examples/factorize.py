@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,17 @@ from rich.table import Table
 import jaxcompress as jc
 
 BATCH, SHARE = 100, 0.5
-FORMS = {"tucker": jc.Tucker, "separable": jc.Separable}
+# Of a share and a block's channels: both sides of a Tucker-2 have channels of their own.
+FORMS: dict[str, Callable[[float, int], jc.Spec]] = {
+    "tucker": lambda share, width: jc.Tucker(share),
+    "separable": lambda share, width: jc.Separable(round(share * width)),
+}
 
 
 def rules(model: ResNet8, form: str, share: float) -> dict[str, Any]:
     """For each 3x3 kernel but the first, a share of the channels as ranks."""
     return {
-        f"params/block{n}_conv*/kernel": FORMS[form](round(share * width))
+        f"params/block{n}_conv*/kernel": FORMS[form](share, width)
         for n, width in enumerate(model.widths)
     }
 
