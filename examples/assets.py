@@ -4,7 +4,7 @@
     python examples/assets.py mnist-full  by name
 
 The files come out of packages that carry them, pinned by version and hash, and land in `.assets`
-at the root of the repository (about 235 MB, and 55 MB for `mnist-full`), or in the folder that
+at the root of the repository (about 240 MB, and 55 MB for `mnist-full`), or in the folder that
 `JAXCOMPRESS_ASSETS` names. Nothing is installed and no code of those packages is unpacked or run:
 only the data files listed below are taken, with the licence they came under. What is there already
 is left alone.
@@ -88,6 +88,15 @@ ASSETS = {
             "gensim/test/test_data/wordsim353.tsv",
             "gensim/test/test_data/simlex999.txt",
             "gensim-4.4.0.dist-info/licenses/COPYING",
+        ),
+    ),
+    # A hundred articles of Wikipedia of 2012, by its authors, CC BY-SA 3.0.
+    "wikipedia": Asset(
+        "gensim==4.4.0",
+        "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+        28,
+        (
+            "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
         ),
     ),
     # 5,000 of the handwritten digits of MNIST (LeCun et al., 1998), 500 of each.

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _minilm_model import MiniLM, load_params, load_tokenizer, tokenize
+from _texts import brown, news
 from assets import AssetError, fetch
 from minilm import Benchmarks
 from rich.console import Console
@@ -60,20 +61,6 @@ def distance(student: Any, teacher: Any, mask: jax.Array) -> jax.Array:
     ]
     cosine = jnp.sum(student[1] * teacher[1], axis=-1)
     return sum(blocks) / len(blocks) + jnp.mean(1 - cosine)
-
-
-def news() -> list[list[str]]:
-    """The words of the Lee background documents: news, like the test documents, but others."""
-    text = (fetch("similarity") / "lee_background.cor").read_text("latin-1")
-    return [line.split() for line in text.splitlines()]
-
-
-def brown(length: int = 100) -> list[list[str]]:
-    """The Brown corpus in runs of words, without its tags."""
-    files = sorted(fetch("brown").glob("c???"))
-    words = [word.rpartition("/")[0] for file in files for word in file.read_text().split()]
-    words = [{"``": '"', "''": '"'}.get(word, word) for word in words if word]
-    return [words[i : i + length] for i in range(0, len(words), length)]
 
 
 def batches(
