@@ -266,7 +266,7 @@ def taught(name: str, folder: Path, epochs: int) -> Data:
                 params, state, digits.train_images[where], digits.train_labels[where]
             )
     looked = jax.jit(functools.partial(see, model))
-    parts = [looked(params, x) for x in np.split(digits.train_images, 60)]
+    parts = [looked(params, x) for x in np.split(digits.train_images, 50)]
     # Features in half the bytes: they are targets, and 8 bits of mantissa are more than they need.
     half = lambda seen: Seen(seen.logits, tuple(x.astype(jnp.bfloat16) for x in seen.before))
     seen = jax.tree.map(lambda *x: np.concatenate(x), *map(jax.device_get, map(half, parts)))

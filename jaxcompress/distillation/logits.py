@@ -161,4 +161,5 @@ def distillation_loss(
     hard = optax.softmax_cross_entropy_with_integer_labels(
         student.astype(jnp.float32), labels, axis=axis, where=where
     )
-    return alpha * soft + (1 - alpha) * hard
+    # Without a weight a label that is impossible for the student does not count: not 0 times inf.
+    return alpha * soft + (1 - alpha) * jnp.where(alpha < 1, hard, 0.0)

@@ -322,3 +322,15 @@ def test_masks_of_logits_are_numbers_or_booleans_and_broadcast_to_them() -> None
         for shape in ((4,), (5, 2, 3)):
             with pytest.raises(jc.CompressError, match="where has the shape"):
                 loss(student, teacher, where=jnp.ones(shape, bool))
+
+
+def test_a_label_without_weight_may_be_impossible_for_the_student():
+    student, teacher = jnp.array([[0.0, -jnp.inf, 1.0]]), jnp.array([[0.0, -jnp.inf, 2.0]])
+    loss = lambda s, alpha: jnp.sum(
+        distillation_loss(s, teacher, jnp.array([1]), alpha=alpha, temperature=2.0)
+    )
+    value, grad = jax.jit(jax.value_and_grad(loss))(student, 1.0)
+    soft = soft_targets(student, teacher, temperature=2.0)[0]
+    np.testing.assert_allclose(value, soft, rtol=1e-5)  # some roundings of float32
+    assert np.isfinite(grad).all()
+    assert loss(student, 0.5) == jnp.inf
