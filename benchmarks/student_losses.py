@@ -4,9 +4,10 @@
 
 Three seeds each; test accuracy in percent, mean and spread. Each loss is added to the cross entropy
 with one weight for both data sets; parts that learn (regressors, estimators, embeddings) are
-trained with the student. The teacher runs once over the training images, and its outputs are
-looked up. Then the student with a hundredth of the labels: alone, and with soft targets for the
-same images or for all images.
+trained with the student. The teacher is trained once, with batch norm, dropout and pictures that
+are moved (and those of clothes mirrored), and kept in a folder; it runs once over the training
+images as they are, which is what all students see, and its outputs are looked up. Then the student
+with a hundredth of the labels: alone, and with soft targets for the same images or for all images.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+import jaxcompress as jc
 from jaxcompress import distillation as d
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -38,30 +40,42 @@ from common import Row, row  # isort: skip
 
 DATA, SEEDS, BATCH, EPOCHS = ("fashion-mnist", "mnist-full"), (0, 1, 2), 200, 4
 TEACHER_EPOCHS, FEW = 4, 600
-STUDENT, TEACHER = (8, 16), (32, 64)
+STUDENT, TEACHER = (16, 32), (32, 64)
+KEPT = Path("out/student-losses")  # the teachers
 LAYERS = ("before0", "before1")  # what is tapped: the last of each size, before its rectifier
 
 
-class ConvNet(nn.Module):
-    """Convolutions at 28, 14 and 7 pixels, and dense layers."""
+class Student(nn.Module):
+    """Convolutions at 14 and 7 pixels, and a dense layer."""
 
-    widths: tuple[int, ...]
-    deep: bool = False
+    widths: tuple[int, ...] = STUDENT
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         x = images.reshape(-1, 28, 28, 1)
-        conv = functools.partial(
-            nn.Conv, kernel_size=(3, 3), kernel_init=nn.initializers.he_normal()
-        )
         for n, width in enumerate(self.widths):
-            if self.deep:
-                x = nn.relu(conv(width, name=f"first{n}")(x))
-            x = nn.relu(conv(width, strides=(2, 2), name=f"before{n}")(x))
-        x = x.reshape(len(x), -1)
-        if self.deep:
-            x = nn.relu(nn.Dense(128, name="wide")(x))
-        return nn.Dense(10, name="head")(x)
+            init = nn.initializers.he_normal()
+            conv = nn.Conv(width, (3, 3), strides=2, kernel_init=init, name=f"before{n}")
+            x = nn.relu(conv(x))
+        return nn.Dense(10, name="head")(x.reshape(len(x), -1))
+
+
+class Teacher(nn.Module):
+    """Two convolutions of each size with batch norm, and two dense layers."""
+
+    widths: tuple[int, ...] = TEACHER
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        x = images.reshape(-1, 28, 28, 1)
+        init = nn.initializers.he_normal()
+        conv = functools.partial(nn.Conv, kernel_size=(3, 3), use_bias=False, kernel_init=init)
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        for n, width in enumerate(self.widths):
+            x = nn.relu(norm()(conv(width)(x)))
+            x = nn.relu(norm(name=f"before{n}")(conv(width, strides=2)(x)))
+        x = nn.relu(nn.Dense(128)(x.reshape(len(x), -1)))
+        return nn.Dense(10)(nn.Dropout(0.3, deterministic=not train)(x))
 
 
 class Seen(NamedTuple):
@@ -73,7 +87,7 @@ class Seen(NamedTuple):
     """
 
     logits: jax.Array
-    before: tuple[jax.Array, jax.Array]
+    before: tuple[jax.Array, ...]
 
     @property
     def maps(self) -> tuple[jax.Array, ...]:
@@ -86,7 +100,7 @@ class Seen(NamedTuple):
         return self.maps[1].mean(axis=(1, 2))
 
 
-def see(model: ConvNet, params: Any, images: jax.Array) -> Seen:
+def see(model: nn.Module, params: Any, images: jax.Array) -> Seen:
     """Logits and features, tapped."""
     logits, found = d.tap(model.apply, LAYERS)(params, images)
     return Seen(logits, tuple(found[name] for name in LAYERS))
@@ -107,6 +121,7 @@ class Family(NamedTuple):
     weight: float
     loss: Callable[..., Any]
     init: Callable[[jax.Array], tuple[Any, Any]] = lambda key: ((), ())
+    features: bool = True  # whether the teacher's are looked at
 
 
 def on(part: str | Callable[[Seen], Any], weight: float, fn: Callable[..., jax.Array]) -> Family:
@@ -116,7 +131,7 @@ def on(part: str | Callable[[Seen], Any], weight: float, fn: Callable[..., jax.A
     def loss(learned: Any, memory: Any, student: Seen, teacher: Seen, given: Given) -> Any:
         return fn(get(student), get(teacher)), memory
 
-    return Family(weight, loss)
+    return Family(weight, loss, features=part != "logits")
 
 
 def regressed(weight: float, fn: Callable[..., jax.Array], more: Any = None) -> Family:
@@ -233,7 +248,7 @@ def schedule(rate: float, steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps))
 
 
-def accuracy(model: ConvNet, params: Any, digits: Digits) -> float:
+def accuracy(model: nn.Module, params: Any, digits: Digits) -> float:
     """Of the test images, in percent."""
     run = _applied(model)
     found = [np.argmax(run(params, x), -1) for x in np.split(digits.test_images, 10)]
@@ -241,43 +256,75 @@ def accuracy(model: ConvNet, params: Any, digits: Digits) -> float:
 
 
 @functools.cache
-def _applied(model: ConvNet) -> Any:
+def _applied(model: nn.Module) -> Any:
     return jax.jit(model.apply)
 
 
-def taught(name: str, folder: Path, epochs: int) -> Data:
-    """A teacher, trained on all labels, and what it gives."""
-    digits, model = load(folder), ConvNet(TEACHER, deep=True)
-    params = model.init(jax.random.key(100), jnp.zeros((1, 784)))
+def moved(images: np.ndarray, rng: np.random.Generator, mirrored: bool) -> np.ndarray:
+    """Pictures moved by up to two pixels, half of them mirrored if they may be."""
+    wide = np.pad(images.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+    corners = rng.integers(0, 5, (len(images), 2))
+    out = np.stack([x[a : a + 28, b : b + 28] for x, (a, b) in zip(wide, corners, strict=True)])
+    if mirrored:
+        turned = rng.random(len(out)) < 0.5
+        out[turned] = out[turned, :, ::-1]
+    return out.reshape(-1, 784)
+
+
+def trained_teacher(digits: Digits, epochs: int, mirrored: bool) -> Any:
+    """The variables of a teacher that has seen all labels."""
+    model, key = Teacher(), jax.random.key(100)
+    variables = model.init(key, jnp.zeros((1, 784)))
     steps = len(digits.train_labels) // BATCH
     tx = schedule(2e-3, epochs * steps)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
-        entropy = optax.softmax_cross_entropy_with_integer_labels
-        grads = jax.grad(lambda p: entropy(model.apply(p, images), labels).mean())(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    def step(variables: Any, state: Any, images: jax.Array, labels: jax.Array, key: Any) -> Any:
+        stats = variables["batch_stats"]
 
-    state, rng = tx.init(params), np.random.default_rng(100)
-    for _ in range(epochs):
-        for where in rng.permutation(steps * BATCH).reshape(steps, BATCH):
-            params, state = step(
-                params, state, digits.train_images[where], digits.train_labels[where]
-            )
+        def loss(params: Any) -> Any:
+            logits, new = model.apply(
+                {"params": params, "batch_stats": stats}, images, train=True,
+                mutable=["batch_stats"], rngs={"dropout": key},
+            )  # fmt: skip
+            entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return entropy.mean(), new
+
+        params = variables["params"]
+        grads, new = jax.grad(loss, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params)
+        return {"params": optax.apply_updates(params, updates), **new}, state
+
+    state, rng = tx.init(variables["params"]), np.random.default_rng(100)
+    for i in range(epochs):
+        for j, where in enumerate(rng.permutation(steps * BATCH).reshape(steps, BATCH)):
+            own = jax.random.fold_in(key, i * steps + j)
+            images = moved(digits.train_images[where], rng, mirrored)
+            variables, state = step(variables, state, images, digits.train_labels[where], own)
+    return variables
+
+
+def taught(name: str, folder: Path, epochs: int) -> Data:
+    """A teacher, trained on all labels or taken from its file, and what it gives."""
+    digits, model = load(folder), Teacher()
+    file = KEPT / f"{name}-{epochs}.safetensors"
+    if not file.is_file():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        jc.save(file, trained_teacher(digits, epochs, mirrored=name == "fashion-mnist"))
+    variables = jc.load(file)
     looked = jax.jit(functools.partial(see, model))
-    parts = [looked(params, x) for x in np.split(digits.train_images, 50)]
+    parts = [looked(variables, x) for x in np.split(digits.train_images, 50)]
     # Features in half the bytes: they are targets, and 8 bits of mantissa are more than they need.
     half = lambda seen: Seen(seen.logits, tuple(x.astype(jnp.bfloat16) for x in seen.before))
     seen = jax.tree.map(lambda *x: np.concatenate(x), *map(jax.device_get, map(half, parts)))
     margin = d.measured_margin(parts[0].before[1])
-    return Data(digits, seen, margin, accuracy(model, params, digits))
+    return Data(digits, seen, margin, accuracy(model, variables, digits))
 
 
 @functools.cache
 def _stepper(name: str, steps: int) -> tuple[Any, Any]:
     """The optimizer and the jitted step of a family; seeds and data share it."""
-    family, model, tx = FAMILIES[name], ConvNet(STUDENT), schedule(4e-3, steps)
+    family, model, tx = FAMILIES[name], Student(), schedule(4e-3, steps)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(
@@ -309,7 +356,7 @@ def student(
       images: which training images are used; None: all.
       labelled: which have labels; None: all.
     """
-    digits, model = data.digits, ConvNet(STUDENT)
+    digits, model = data.digits, Student()
     steps = epochs * (len(digits.train_labels) // BATCH)
     images = np.arange(len(digits.train_labels)) if images is None else images
     tx, step = _stepper(name, steps)
@@ -327,7 +374,8 @@ def student(
         given = Given(
             digits.train_labels[where], where, jax.random.fold_in(keys[2], i), data.margin
         )
-        teacher = Seen(data.teacher.logits[where], tuple(x[where] for x in data.teacher.before))
+        before = data.teacher.before if FAMILIES[name].features else ()
+        teacher = Seen(data.teacher.logits[where], tuple(x[where] for x in before))
         trained, state, memory = step(
             trained, state, memory, digits.train_images[where], teacher, given, hard
         )
