@@ -51,7 +51,7 @@ def leaves_of(params: Any) -> list[tuple[str, Any]]:
         if is_compressed(leaf):
             raise CompressError(
                 f"{path} is a {type(leaf).__name__}: remove channels from the dense params first, "
-                "and compress what is left"
+                "and compress what is left; jc.compressed(shrunk(fn, plan)) runs that"
             )
         if not is_array(leaf):
             raise CompressError(f"{path} is {leaf!r}, and params are arrays")
