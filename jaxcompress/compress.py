@@ -58,10 +58,10 @@ def compress(
         then a leaf counts as many bytes as it had; nothing is donated.
       stats: statistics of inputs from `observe`, for specs that look at them; a spec is given
         those of its leaf's input axes.
-      plan: what channels are removed first, from `jaxcompress.pruning.plan` or the stage of a recipe
-        (`recipe.shrink.plan(groups, params)`). Rules, `axes` and `stats` are then of the smaller
-        leaves, and `compressed(jaxcompress.pruning.shrunk(fn, plan))` runs the result. A recipe
-        with such a stage must be given its plan, so that it is never left out silently.
+      plan: the channels that are removed first, from `jaxcompress.pruning.plan` or the stage of a
+        recipe (`recipe.shrink.plan(groups, params)`). Rules, `axes` and `stats` are then of the
+        smaller leaves, and `compressed(jaxcompress.pruning.shrunk(fn, plan))` runs the result. A
+        recipe with such a stage must be given its plan, so that it is never left out silently.
 
     Returns:
       The same tree, the matched leaves compressed. A leaf that occurs at several places, under one

@@ -109,7 +109,7 @@ def _add_compress(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     action.complete = shtab.FILE  # type: ignore[attr-defined]
     action = parser.add_argument(
         "--plan", metavar="FILE",
-        help="the JSON of a plan: remove these channels first (Python: jc.pruning.plan(...).to_json())",
+        help="channels to remove first: a plan as its to_json() in Python writes it",
     )  # fmt: skip
     action.complete = shtab.FILE  # type: ignore[attr-defined]
     parser.add_argument("--uncoded", action="store_true",

@@ -86,8 +86,8 @@ def iterative_shrinking(
     found once, on the whole model; what was removed stays so.
 
     Args:
-      train: `train(fn, params, state, round) -> (params, state)`: the user's own training. `fn` runs
-        the params of this round, and is made anew for each: jit what holds it within `train`.
+      train: `train(fn, params, state, round) -> (params, state)`: the user's own training. `fn`
+        runs the params of this round, and is made anew for each: jit what holds it within `train`.
         Leave what was given as it is with `return params, state`, for instance in round 0
         when the model is trained already.
       fn: the function of the whole params and `example`, as the model is run after training.
@@ -231,9 +231,7 @@ def _magnitude(fn: Callable[..., Any], params: Any, now: ShrinkRound) -> Any:
 def _whole(params: Any) -> Plan:
     """The plan that removes nothing."""
     leaves = leaves_of(params)
-    return Plan(
-        tuple(LeafPlan(path, tuple(x.shape), (None,) * len(x.shape)) for path, x in leaves)
-    )
+    return Plan(tuple(LeafPlan(path, tuple(x.shape), (None,) * len(x.shape)) for path, x in leaves))
 
 
 def _chosen(

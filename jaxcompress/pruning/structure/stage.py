@@ -1,4 +1,4 @@
-"""Removal as the first stage of `compress`: what a recipe says of it, and leaves without channels."""
+"""Removal as the first stage of `compress`: what a recipe says of it, and the smaller leaves."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Shrink:
     """How channels are chosen, as a recipe keeps it.
 
     The stage before the rules of a recipe: they see what it leaves. Which channels go together is
-    a matter of the function, which a recipe does not have; so it is `plan` that is given the groups,
-    and `compress` that is given the plan:
+    a matter of the function, which a recipe does not have; so it is `plan` that is given the
+    groups, and `compress` that is given the plan:
 
         recipe = jc.Recipe.read("half.yaml")
         plan = recipe.shrink.plan(jc.pruning.groups(apply, params, x), params)
@@ -82,9 +82,7 @@ class Shrink:
         }
         for name, known in options.items():
             if getattr(self, name) not in known:
-                raise SpecError(
-                    f"{name}={getattr(self, name)!r}: write one of {', '.join(known)}"
-                )
+                raise SpecError(f"{name}={getattr(self, name)!r}: write one of {', '.join(known)}")
         whole = isinstance(self.round_to, int) and not isinstance(self.round_to, bool)
         if not whole or self.round_to < 1:
             raise SpecError(f"round_to={self.round_to!r}: write a whole number of at least 1")
