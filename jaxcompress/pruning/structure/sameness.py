@@ -69,31 +69,35 @@ def _drawn(x: Any, rng: np.random.Generator) -> Any:
     return jnp.asarray(rng.normal(size=x.shape) if floating else np.zeros(x.shape), x.dtype)
 
 
-def _numbers(jaxpr: compat.Jaxpr, found: dict[tuple[str, float], list[str]]) -> None:
+def _numbers(
+    jaxpr: compat.Jaxpr, found: dict[tuple[str, float], list[str]], around: str = ""
+) -> None:
+    """The places of each number in a program, by the primitive that it goes into."""
     for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
+        name, place = eqn.primitive.name, compat.place(eqn)
         for v in eqn.invars:
             if name not in _FILLS and isinstance(v, compat.Literal):
                 value = np.asarray(v.val)
                 if value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating):
-                    found[name, float(value)].append(compat.place(eqn))
+                    found[name, float(value)].append(f"{place}{around}")
         for body in compat.sub_jaxprs(eqn):
-            _numbers(body, found)
+            _numbers(body, found, f", in {place}{around}")
 
 
 def _numbers_differ(want: compat.Jaxpr, got: compat.Jaxpr) -> str | None:
-    """What the first has and the second has not, as a divisor that is a count of channels."""
+    """A number that only one of two programs has, as a divisor that is a count of channels."""
     ours: dict[tuple[str, float], list[str]] = collections.defaultdict(list)
     theirs: dict[tuple[str, float], list[str]] = collections.defaultdict(list)
     _numbers(want, ours)
     _numbers(got, theirs)
-    for (name, value), places in ours.items():
-        if len(places) > len(theirs.get((name, value), ())):
-            others = [v for (n, v), there in theirs.items()
-                      if n == name and len(there) > len(ours.get((n, v), ()))]  # fmt: skip
-            told = f", and a module of these widths {others[0]:g}" if others else ""
-            return f"in {places[0]} the masked model has {value:g}{told}"
-    return None
+    for (name, value), places in theirs.items():
+        if len(places) > len(ours.get((name, value), ())):
+            more = [v for (n, v), there in ours.items()
+                    if n == name and len(there) > len(theirs.get((n, v), ()))]  # fmt: skip
+            told = f", and the masked model {more[0]:g}" if more else ""
+            return f"in {places[0]}, it has {value:g}{told}"
+    fewer = [key for key, places in ours.items() if len(places) > len(theirs.get(key, ()))]
+    return f"it has no {fewer[0][0]} with {fewer[0][1]:g}" if fewer else None
 
 
 def _values_differ(want: Any, got: Any) -> str | None:

@@ -60,6 +60,7 @@ def test_a_walk_for_compressed_leaves_inside_is_told_how_to_be_outside():
         shrunk(jc.compressed(fn), found)(stored, x)
 
 
+@pytest.mark.slow
 def test_what_the_weights_meet_is_observed():
     """Statistics for a solver, of the smaller layers; the axes of their inputs too."""
     _, _, (x,), found, small, fewer = half()
@@ -77,18 +78,29 @@ class Net(nn.Module):
         return nn.Dense(2, name="head")(x)
 
 
-def test_a_smaller_student_is_taught_by_the_whole_model():
-    """Its layers are tapped by their names, under compression too, and teach it."""
-    x = array(0, 4, 3)
+def student_of(x):
     params = Net().init(jax.random.key(0), x)
     found = plan(groups(Net().apply, params, x), params, 0.5, round_to=2)
-    student, fewer = shrink(Net().apply, params, found)
+    return params, found, *shrink(Net().apply, params, found)
+
+
+def test_layers_are_tapped_by_their_names():
+    """What they return is that of the masked model at the channels that stay."""
+    x = array(0, 4, 3)
+    params, found, student, fewer = student_of(x)
     masked = mask(params, found)
     wanted, inner = tap(Net().apply, "hidden")(masked, x)
     got, smaller = jax.jit(tap(student, "hidden"))(fewer, x)
     near(got, wanted)
     kept = {leaf.path: leaf.kept for leaf in found.leaves}["params/hidden/kernel"][1]
     near(smaller["hidden"], inner["hidden"][:, jnp.array(kept)])
+
+
+@pytest.mark.slow
+def test_a_smaller_student_is_taught_by_the_whole_model():
+    """And pruned further while it learns; compressed, its layers are tapped in either order."""
+    x = array(0, 4, 3)
+    params, _, student, fewer = student_of(x)
     stored = jc.compress(fewer, {"**/kernel": jc.FakeQuantize("int8")})
     both = tap(jc.compressed(student), "hidden")(stored, x)[1]["hidden"]
     near(both, jc.compressed(tap(student, "hidden"))(stored, x)[1]["hidden"])

@@ -125,7 +125,7 @@ def test_heads_and_mlp_of_a_transformer_and_not_its_model_width():
     assert new == Encoder(8, 2, 3, 6)
     near(new.apply(fewer, x), small(fewer, x))
     chosen, small, fewer = halved(model, x, only=of("LayerNorm_0"))
-    with pytest.raises(CompressError, match=r"LayerNorm_0.* the masked model has 8, and .* 4; run"):
+    with pytest.raises(CompressError, match=r"LayerNorm_0, it has 4, and the masked model 8; run"):
         rebuild(model, chosen, fewer, x)
     depth = lambda group: not of("LayerNorm_0")(group) and group.size == 3
     chosen, small, fewer = halved(model, x, only=depth, share=0.7)
@@ -196,7 +196,7 @@ class NnxMlp(nnx.Module):
 def test_an_nnx_module():
     make, x = functools.partial(NnxMlp, 3, 8, classes=2), array(5, 4, 3)
     graph, state = nnx.split(make(rngs=nnx.Rngs(0)))
-    state = filled(state, 6)
+    state = jax.tree.map(jnp.abs, filled(state, 6))  # variances among them
     fn = lambda state, x: nnx.merge(graph, state)(x)
     chosen = plan(groups(fn, state, x), state, 0.5, round_to=1)
     small, fewer = shrink(fn, state, chosen)
