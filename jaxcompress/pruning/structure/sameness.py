@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ _NEAR, _NEAR_LOW = 1e-4, 5e-2
 
 # Fills; that these are of other sizes is what is asked for.
 _FILLS = ("broadcast_in_dim", "pad", "copy", "convert_element_type")
+_LOOPS = ("scan", "while")  # of which a number may be what is carried at first
 
 
 def difference(
@@ -70,26 +71,39 @@ def _drawn(x: Any, rng: np.random.Generator) -> Any:
 
 
 def _numbers(
-    jaxpr: compat.Jaxpr, found: dict[tuple[str, float], list[str]], around: str = ""
+    jaxpr: compat.Jaxpr,
+    found: dict[tuple[str, float], list[str]],
+    known: Mapping[Any, Any],
+    around: str = "",
 ) -> None:
-    """The places of each number in a program, by the primitive that it goes into."""
+    """The places of each number in a program, by the primitive that it goes into.
+
+    `known` are the numbers that a call hands to its body: the smaller function has no calls.
+    """
     for eqn in jaxpr.eqns:
         name, place = eqn.primitive.name, compat.place(eqn)
-        for v in eqn.invars:
-            if name not in _FILLS and isinstance(v, compat.Literal):
-                value = np.asarray(v.val)
-                if value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating):
-                    found[name, float(value)].append(f"{place}{around}")
-        for body in compat.sub_jaxprs(eqn):
-            _numbers(body, found, f", in {place}{around}")
+        read = lambda v: v.val if isinstance(v, compat.Literal) else known.get(v)
+        values = [read(v) for v in eqn.invars]
+        bodies = list(compat.sub_jaxprs(eqn))
+        for body in bodies:
+            own = list(zip(reversed(body.invars), reversed(values)))
+            handed = {} if name in _LOOPS else {v: x for v, x in own if x is not None}
+            _numbers(body, found, handed, f", in {place}{around}")
+        for value in [] if bodies or name in _FILLS else values:
+            if value is not None and np.ndim(value) == 0 and _is_floating(value):
+                found[name, float(value)].append(f"{place}{around}")
+
+
+def _is_floating(value: Any) -> bool:
+    return bool(jnp.issubdtype(np.asarray(value).dtype, jnp.floating))
 
 
 def _numbers_differ(want: compat.Jaxpr, got: compat.Jaxpr) -> str | None:
     """A number that only one of two programs has, as a divisor that is a count of channels."""
     ours: dict[tuple[str, float], list[str]] = collections.defaultdict(list)
     theirs: dict[tuple[str, float], list[str]] = collections.defaultdict(list)
-    _numbers(want, ours)
-    _numbers(got, theirs)
+    _numbers(want, ours, {})
+    _numbers(got, theirs, {})
     for (name, value), places in theirs.items():
         if len(places) > len(ours.get((name, value), ())):
             more = [v for (n, v), there in ours.items()
