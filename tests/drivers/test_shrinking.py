@@ -11,7 +11,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import CompressError, FileError, SpecError
-from jaxcompress.drivers.shrinking import iterative_shrinking
+from jaxcompress.drivers.shrinking import _between, iterative_shrinking
 from jaxcompress.pruning.structure import groups, mask, shrunk
 
 
@@ -81,6 +81,7 @@ def test_shares_are_of_the_whole_and_what_is_gone_stays_so():
     sizes = [(done.params["a"].shape[1], done.params["c"].shape[0]) for done in whole_run()]
     assert sizes == [(12, 8), (9, 6), (6, 4)]
     first, second, third = (done.plan for done in whole_run())
+    assert second.then(_between(second, third)) == third
     assert all(k is None for leaf in first.leaves for k in leaf.kept)
     for a, b in zip(second.leaves, third.leaves):
         assert all(x is None or set(y) < set(x) for x, y in zip(a.kept, b.kept))

@@ -164,7 +164,8 @@ class _Linen:
         return {path: tuple(x.shape) for path, x in flatten(made)[0]}
 
     def function(self, module: Any) -> Callable[..., Any]:
-        return module.apply  # type: ignore[no-any-return]
+        apply: Callable[..., Any] = module.apply
+        return apply
 
     def made(self, module: Any, params: Any) -> Any:
         return module

@@ -115,7 +115,8 @@ def _numbers_differ(want: compat.Jaxpr, got: compat.Jaxpr) -> str | None:
 
 
 def _values_differ(want: Any, got: Any) -> str | None:
-    if jax.tree.structure(want) != jax.tree.structure(got):
+    structure: Any = jax.tree.structure(want)
+    if structure != jax.tree.structure(got):
         return "it returns another structure"
     for x, y in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
         if x.shape != y.shape or x.dtype != y.dtype:
