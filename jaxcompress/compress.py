@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from jaxcompress.lazy import LazyArray
 from jaxcompress.progress import progress_bar
 from jaxcompress.rules import KernelAxes, RuleSet, check_axes, default_axes, flatten, match
 from jaxcompress.specs import LeafContext, Spec
+
+if TYPE_CHECKING:  # pruning stands above
+    from jaxcompress.pruning.structure.plans import Plan as RemovalPlan
 
 Stats = Mapping[str, Mapping[tuple[int, ...], InputStats]]
 
@@ -31,6 +34,7 @@ def compress(
     axes: Mapping[str, KernelAxes] | None = None,
     lazy: bool = False,
     stats: Stats | None = None,
+    plan: RemovalPlan | None = None,
 ) -> Any:
     """Compresses the leaves of a parameter tree by rules.
 
@@ -54,6 +58,10 @@ def compress(
         then a leaf counts as many bytes as it had; nothing is donated.
       stats: statistics of inputs from `observe`, for specs that look at them; a spec is given
         those of its leaf's input axes.
+      plan: the channels that are removed first, from `jaxcompress.pruning.plan` or the stage of a
+        recipe (`recipe.shrink.plan(groups, params)`). Rules, `axes` and `stats` are then of the
+        smaller leaves, and `compressed(jaxcompress.pruning.shrunk(fn, plan))` runs the result. A
+        recipe with such a stage must be given its plan, so that it is never left out silently.
 
     Returns:
       The same tree, the matched leaves compressed. A leaf that occurs at several places, under one
@@ -63,7 +71,9 @@ def compress(
       RuleError: for a rule that matches nothing, or matches integers, and for `axes` or `stats`
         that name no leaf or do not fit it.
       SpecError: where a spec does not fit its leaf, or the leaf is empty or not finite; the message
-        names the leaf. The input is left as it was, unless donated leaves are gone already.
+        names the leaf; or the recipe has a removal of channels, and no plan is given. The input is
+        left as it was, unless donated leaves are gone already.
+      CompressError: for a plan that is of other params.
 
     Examples:
       >>> import jax.numpy as jnp, jaxcompress as jc
@@ -73,6 +83,7 @@ def compress(
       QuantizedArray(float32[256, 64], int4/64)
     """
     leaves, structure = flatten(params)
+    leaves = smaller(leaves, rules, plan, donate and not lazy)
     hits = plan_rules(leaves, rules, axes or {})
     _check_stats(stats or {}, leaves)
     key = rules.key() if key is None and isinstance(rules, RuleSet) else key
@@ -99,6 +110,26 @@ def compress(
             del leaf
             advance(path)
     return jax.tree.unflatten(structure, out)
+
+
+def smaller(
+    leaves: list[tuple[str, Any]],
+    rules: Mapping[str, Spec | None] | RuleSet,
+    plan: RemovalPlan | None,
+    donate: bool = False,
+) -> list[tuple[str, Any]]:
+    """The leaves that the rules see: those without removed channels, made one by one."""
+    if plan is not None:
+        from jaxcompress.pruning.structure.stage import smaller_leaves
+
+        return smaller_leaves(leaves, plan, donate)
+    if getattr(rules, "shrink", None) is not None:
+        raise SpecError(
+            "the recipe removes channels before its rules, and which go together is a matter of "
+            "the function: write plan = recipe.shrink.plan(jc.pruning.groups(fn, params, x), "
+            "params), and compress with plan=plan"
+        )
+    return leaves
 
 
 class Hit(NamedTuple):

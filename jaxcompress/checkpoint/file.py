@@ -42,7 +42,8 @@ from jaxcompress.lazy import Ahead, LazyArray
 from jaxcompress.progress import progress_bar
 from jaxcompress.rules import flatten
 
-if TYPE_CHECKING:  # a recipe stands above files
+if TYPE_CHECKING:  # a recipe stands above files, and a plan is read when it is asked for
+    from jaxcompress.pruning.structure.plans import Plan
     from jaxcompress.recipes.recipe import Recipe
 
 VERSION = 2
@@ -58,6 +59,7 @@ def save(
     *,
     coded: bool = False,
     recipe: Recipe | None = None,
+    plan: Plan | None = None,
     progress: bool = False,
 ) -> None:
     """Writes a tree, compressed leaves in their small form, to one safetensors file.
@@ -79,10 +81,14 @@ def save(
         the codes, indices, masks and scales, at some 40 MB of codes per second when it is
         loaded. Other readers of safetensors then see coded bytes.
       recipe: the recipe that made the tree, to keep inside; `Recipe.of_file` reads it.
+      plan: the plan by which channels were removed from the tree (`jaxcompress.pruning.plan`), to
+        keep inside; `read_plan` reads it, and `jaxcompress.pruning.shrunk` makes of it the
+        function that runs the tree.
       progress: show a progress bar on standard error.
 
     Raises:
       FileError: for a leaf that cannot be saved, or metadata that are no strings.
+      CompressError: for a plan that is not that of the tree.
       OSError: when the folder is missing or the disk is full; an older file is left whole.
 
     References:
@@ -99,8 +105,14 @@ def save(
     """
     path = Path(path)
     strings = _checked(metadata or {})
+    ours: dict[str, Any] = {}
+    if recipe is not None:
+        ours["recipe"] = recipe.to_yaml()
+    if plan is not None:
+        plan.check([(where, np.shape(leaf)) for where, leaf in flatten(tree)[0]], whole=False)
+        ours["plan"] = plan.to_json()
     try:
-        _save(path, tree, strings, coded, recipe, progress)
+        _save(path, tree, strings, coded, ours, progress)
     except RecursionError as error:
         raise FileError(f"{path}: the tree is nested too deeply to be saved") from error
 
@@ -110,7 +122,7 @@ def _save(
     tree: Any,
     strings: Mapping[str, str],
     coded: bool,
-    recipe: Recipe | None,
+    more: Mapping[str, str],
     progress: bool,
 ) -> None:
     leaves = list({id(leaf): leaf for leaf in leaves_in_order(tree)}.values())
@@ -120,9 +132,7 @@ def _save(
             described = Encoder(writer, ahead.load, advance).encode(tree)
 
         def describe(checksums: list[str]) -> dict[str, str]:
-            ours: dict[str, Any] = {"version": VERSION, "crc32": checksums, "tree": described}
-            if recipe is not None:
-                ours["recipe"] = recipe.to_yaml()
+            ours = {"version": VERSION, "crc32": checksums, "tree": described, **more}
             return {_KEY: as_json(ours), **strings}
 
         write_container(path, writer.entries, describe)
@@ -377,6 +387,49 @@ def read_recipe(path: str | os.PathLike[str]) -> str | None:
     if text is not None and not isinstance(text, str):
         raise FileError(f"{path}: the header is damaged: its recipe is no text")
     return text
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """The plan by which channels were removed from the tree in a file.
+
+    With it and the function of the whole model, another process runs the tree:
+    `jaxcompress.pruning.shrunk(fn, jc.read_plan(path))(jc.load(path), x)`.
+
+    Args:
+      path: a file that `save` was given a plan for.
+
+    Raises:
+      FileNotFoundError: when there is no such file.
+      FileError: for a file without a plan, or as `load`.
+
+    Examples:
+      >>> import tempfile, os, jax.numpy as jnp, jaxcompress as jc
+      >>> from jaxcompress.pruning.structure import LeafPlan, Plan, shrink_params, shrunk
+      >>> plan, fn = Plan((LeafPlan("w", (3,), ((0, 2),)),)), lambda p: jnp.sum(p["w"]) / 3
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = os.path.join(folder, "small.safetensors")
+      ...     jc.save(path, shrink_params({"w": jnp.array([1.0, 4.0, 5.0])}, plan), plan=plan)
+      ...     shrunk(fn, read_plan(path))(jc.load(path))
+      Array(2., dtype=float32)
+    """
+    plan = stored_plan(path)
+    if plan is None:
+        raise FileError(
+            f"{path}: no plan was saved in it; save what `shrink` left with jc.save(path, params, "
+            "plan=plan)"
+        )
+    return plan
+
+
+def stored_plan(path: str | os.PathLike[str]) -> Plan | None:
+    """As `read_plan`, and None for a file of ours without a plan."""
+    from jaxcompress.pruning.structure.plans import Plan
+
+    text = _ours(open_container(Path(path))).get("plan")
+    try:
+        return None if text is None else Plan.from_json(text)
+    except FileError as error:
+        raise FileError(f"{path}: the header is damaged: {error}") from None
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -14,11 +14,12 @@ import jax
 
 from jaxcompress.arrays.base import is_compressed
 from jaxcompress.checkpoint.export import export
-from jaxcompress.checkpoint.file import load_shapes, save
+from jaxcompress.checkpoint.file import load_shapes, save, stored_plan
 from jaxcompress.checkpoint.sources import SEPARATOR, Source, open_source
-from jaxcompress.compress import Hit, compress, nbytes, plan_rules
+from jaxcompress.compress import Hit, compress, nbytes, plan_rules, smaller
 from jaxcompress.errors import FileError, ValuesNeededError
 from jaxcompress.progress import progress_bar
+from jaxcompress.pruning.structure.plans import Plan
 from jaxcompress.recipes import PRESETS, Recipe
 from jaxcompress.report.contents import contents
 from jaxcompress.report.difference import diff
@@ -34,13 +35,27 @@ def compress_file(args: Namespace) -> int:
         return _dry_run(args, recipe, source)
     out = _target(args, source)
     start = time.perf_counter()
-    small = compress(source.tree, recipe, lazy=True)
+    plan = _plan(args)
+    small = compress(source.tree, recipe, lazy=True, plan=plan)
+    first = stored_plan(source.files[0]) if source.kind == "jaxcompress" else None
+    total = first if plan is None else plan if first is None else first.then(plan)
     metadata = {SEPARATOR: source.separator} if source.separator else {}
     show = _progress(args)
-    save(out, small, metadata, coded=not args.uncoded, recipe=recipe, progress=show)
+    coded = not args.uncoded
+    save(out, small, metadata, coded=coded, recipe=recipe, plan=total, progress=show)
     before = sum(nbytes(leaf) for _, leaf in flatten(source.tree)[0])
     _tell(args, before, out, time.perf_counter() - start)
     return 0
+
+
+def _plan(args: Namespace) -> Plan | None:
+    """The channels that are removed first: a file with the JSON of a plan."""
+    if args.plan is None:
+        return None
+    try:
+        return Plan.from_json(Path(args.plan).read_text("utf-8"))
+    except (FileError, UnicodeDecodeError) as error:
+        raise FileError(f"{args.plan}: {error}") from None
 
 
 def _target(args: Namespace, source: Source) -> Path:
@@ -89,10 +104,12 @@ def _finite(value: Any) -> Any:
 def _dry_run(args: Namespace, recipe: Recipe, source: Source) -> int:
     ours = source.kind == "jaxcompress"
     leaves = flatten(load_shapes(source.files[0]) if ours else source.tree)[0]
+    whole = [leaf for _, leaf in leaves]
+    leaves = smaller(leaves, recipe, _plan(args))
     hits = plan_rules(leaves, recipe, {})
     rows = []
-    for (path, leaf), hit in zip(leaves, hits):
-        before = nbytes(leaf)
+    for (path, leaf), first, hit in zip(leaves, whole, hits):
+        before = nbytes(first)
         rows.append(
             {
                 "path": path,
@@ -101,7 +118,7 @@ def _dry_run(args: Namespace, recipe: Recipe, source: Source) -> int:
                 "spec": repr(hit.spec) if hit else "dense",
                 "before": before,
                 # Before entropy coding; None where it depends on the values.
-                "after": _expected(leaf, hit, recipe) if hit else before,
+                "after": _expected(leaf, hit, recipe) if hit else nbytes(leaf),
             }
         )
     if args.json:

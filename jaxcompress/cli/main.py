@@ -107,6 +107,11 @@ def _add_compress(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help=f"a YAML file, a file that a recipe made, or one of {', '.join(PRESETS)}",
     )  # fmt: skip
     action.complete = shtab.FILE  # type: ignore[attr-defined]
+    action = parser.add_argument(
+        "--plan", metavar="FILE",
+        help="channels to remove first: a plan as its to_json() in Python writes it",
+    )  # fmt: skip
+    action.complete = shtab.FILE  # type: ignore[attr-defined]
     parser.add_argument("--uncoded", action="store_true",
                         help="no entropy coding: a larger file that loads faster")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true",

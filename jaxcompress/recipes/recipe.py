@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxcompress.checkpoint.container import looks_like_safetensors
 from jaxcompress.checkpoint.file import read_recipe
 from jaxcompress.errors import RecipeError
+from jaxcompress.pruning.structure.stage import Shrink
 from jaxcompress.recipes.document import Node, dump, parse
 from jaxcompress.recipes.presets import PRESETS
 from jaxcompress.rules import glob, match
@@ -74,10 +75,14 @@ class Recipe:
         quantize: int8
     ```
 
+    With `shrink: {keep: 0.5, budget: multiplications}` channels are removed before the rules; see
+    `Shrink` for how such a recipe is given the function.
+
     Attributes:
       rules: in order of precedence.
       name: what it is called.
       seed: of the random key for specs that draw, or None.
+      shrink: the removal of channels before the rules, or None.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxcompress as jc
@@ -91,6 +96,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     name: str = ""
     seed: int | None = None
+    shrink: Shrink | None = None
 
     @classmethod
     def of(cls, rules: Mapping[str, Spec | None], name: str = "") -> Recipe:
@@ -185,6 +191,8 @@ class Recipe:
             document["name"] = self.name
         if self.seed is not None:
             document["seed"] = self.seed
+        if self.shrink is not None:
+            document["shrink"] = _shrink_document(self.shrink)
         document["rules"] = [_rule_document(rule) for rule in self.rules]
         return dump(document)
 
@@ -217,6 +225,17 @@ class Recipe:
     def key(self) -> jax.Array | None:
         """The random key of the seed."""
         return None if self.seed is None else jax.random.key(self.seed)
+
+
+def _shrink_document(shrink: Shrink) -> Any:
+    values = {
+        field.name: getattr(shrink, field.name)
+        for field in dataclasses.fields(shrink)
+        if field.name == "keep" or getattr(shrink, field.name) != field.default
+    }
+    if isinstance(shrink.keep, tuple):
+        values["keep"] = dict(shrink.keep)
+    return values["keep"] if set(values) == {"keep"} and shrink.keep == values["keep"] else values
 
 
 def _rule_document(rule: Rule) -> dict[str, Any]:
@@ -253,7 +272,7 @@ _RULE_KEYS = ("match", "min_ndim", "min_size", "optional", "dense", "chain")
 
 def _from_document(node: Node) -> Recipe:
     fields = node.mapping("a recipe is a mapping with the key 'rules'")
-    node.only(fields, ("version", "name", "description", "seed", "rules"))
+    node.only(fields, ("version", "name", "description", "seed", "shrink", "rules"))
     if "version" in fields and fields["version"].whole(1) != 1:
         fields["version"].fail("a recipe of a newer version; update jaxcompress")
     if "rules" not in fields:
@@ -264,7 +283,22 @@ def _from_document(node: Node) -> Recipe:
         tuple(_rule(item) for item in fields["rules"].items("write a list of rules")),
         fields["name"].text() if "name" in fields else "",
         fields["seed"].whole(0, 2**32 - 1) if "seed" in fields else None,
+        _shrink(fields["shrink"]) if "shrink" in fields else None,
     )
+
+
+def _shrink(node: Node) -> Shrink:
+    if not node.is_mapping():
+        return node.tried(lambda: Shrink(node.plain()))
+    fields = node.mapping("")
+    node.only(fields, tuple(field.name for field in dataclasses.fields(Shrink)))
+    values = {name: value.plain() for name, value in fields.items() if not value.is_mapping()}
+    if "keep" in fields and fields["keep"].is_mapping():
+        shares = fields["keep"].mapping("")
+        for pattern, value in shares.items():
+            value.tried(functools.partial(glob, pattern))
+        values["keep"] = tuple((pattern, value.plain()) for pattern, value in shares.items())
+    return node.tried(lambda: Shrink(**values), fields)
 
 
 def _rule(node: Node) -> Rule:

@@ -4,6 +4,7 @@ from jaxcompress.pruning.structure.find import Groups, groups
 from jaxcompress.pruning.structure.members import Group, Member
 from jaxcompress.pruning.structure.planning import plan
 from jaxcompress.pruning.structure.plans import LeafPlan, Plan, keep_channels
+from jaxcompress.pruning.structure.rebuilding import rebuild
 from jaxcompress.pruning.structure.shrinking import (
     mask,
     shrink,
@@ -11,6 +12,7 @@ from jaxcompress.pruning.structure.shrinking import (
     shrink_state,
     shrunk,
 )
+from jaxcompress.pruning.structure.stage import Shrink
 
 __all__ = [
     "Group",
@@ -18,10 +20,12 @@ __all__ = [
     "LeafPlan",
     "Member",
     "Plan",
+    "Shrink",
     "groups",
     "keep_channels",
     "mask",
     "plan",
+    "rebuild",
     "shrink",
     "shrink_params",
     "shrink_state",

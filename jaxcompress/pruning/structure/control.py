@@ -148,7 +148,13 @@ def _cond(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
     return Outcome(outs, run)
 
 
+def _tap(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
+    """A tag of `jaxcompress.distillation.tap`, which returns what it is given."""
+    return Outcome(list(ins))
+
+
 RULES: dict[str, Rule] = {
+    "tap": _tap,
     "jit": _call,
     "pjit": _call,
     "closed_call": _call,

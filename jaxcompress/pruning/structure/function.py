@@ -51,11 +51,23 @@ def leaves_of(params: Any) -> list[tuple[str, Any]]:
         if is_compressed(leaf):
             raise CompressError(
                 f"{path} is a {type(leaf).__name__}: remove channels from the dense params first, "
-                "and compress what is left"
+                "and compress what is left; jc.compressed(shrunk(fn, plan)) runs that"
             )
         if not is_array(leaf):
             raise CompressError(f"{path} is {leaf!r}, and params are arrays")
     return found
+
+
+def apart(args: Any, kwargs: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of arguments, and what puts others in their place: `(args, kwargs)` again."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    traced = [is_array(x) for x in leaves]
+
+    def full(arrays: Sequence[Any]) -> Any:
+        it = iter(arrays)
+        return jax.tree.unflatten(tree, [next(it) if t else x for t, x in zip(traced, leaves)])
+
+    return [x for t, x in zip(traced, leaves) if t], full
 
 
 def label(
@@ -76,20 +88,16 @@ def label(
     """
     leaves = leaves_of(params)
     tree = jax.tree.structure(params)
-    others, rest = jax.tree.flatten((args, kwargs))
-    traced = [is_array(x) for x in others]
+    arrays, full = apart(args, kwargs)
 
     def flat(leaves: list[Any], arrays: list[Any]) -> Any:
-        it = iter(arrays)
-        full = [next(it) if t else x for t, x in zip(traced, others)]
-        args, kwargs = jax.tree.unflatten(rest, full)
+        args, kwargs = full(arrays)
         return fn(jax.tree.unflatten(tree, leaves), *args, **kwargs)
 
     whole = [
         jax.ShapeDtypeStruct(shape, x.dtype, weak_type=getattr(x, "weak_type", False))
         for shape, (_, x) in zip(shapes, leaves)
     ]
-    arrays = [x for t, x in zip(traced, others) if t]
     closed, out = jax.make_jaxpr(flat, return_shape=True)(whole, arrays)
     walk = Walk()
     axes = [tuple(walk.table.axes(x.shape, zero=True)) for x in whole]

@@ -16,7 +16,7 @@ from jaxcompress.pruning.structure.members import Group
 from jaxcompress.pruning.structure.plans import Plan, keep_channels
 from jaxcompress.rules import glob, match
 
-_BUDGETS: dict[str, Callable[..., int]] = {
+BUDGETS: dict[str, Callable[..., int]] = {
     "parameters": Groups.parameters,
     "bytes": Groups.nbytes,
     "multiplications": Groups.multiplications,
@@ -168,12 +168,12 @@ def _counts(
     rounded = lambda n: [_rounded(c, g, step) for c, g, step in zip(raw(n), chosen, steps)]
     if budget == "channels":
         return rounded(round(share * total))
-    if budget not in _BUDGETS:
-        raise SpecError(f"budget={budget!r}: write one of channels, {', '.join(_BUDGETS)}")
-    cost = lambda n: _BUDGETS[budget](groups, dict(zip(chosen, rounded(n))))
-    limit = share * _BUDGETS[budget](groups)
+    if budget not in BUDGETS:
+        raise SpecError(f"budget={budget!r}: write one of channels, {', '.join(BUDGETS)}")
+    cost = lambda n: BUDGETS[budget](groups, dict(zip(chosen, rounded(n))))
+    limit = share * BUDGETS[budget](groups)
     if cost(0) > limit:
-        least = cost(0) / max(_BUDGETS[budget](groups), 1)
+        least = cost(0) / max(BUDGETS[budget](groups), 1)
         raise SpecError(
             f"keep={share:g} of the {budget} cannot be met: with the fewest channels, {least:.3g} "
             "of them stay"

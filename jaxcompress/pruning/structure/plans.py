@@ -94,16 +94,23 @@ class Plan:
             raise CompressError(f"the plan is for {len(own)} leaves, and there are {len(leaves)}")
 
     def to_json(self) -> str:
-        """The plan as a text, for instance for the metadata of a file.
+        """The plan as a text: the places that stay, each once, and for each axis which of these.
+
+        `jaxcompress.save` with `plan=` keeps it in a file.
 
         Examples:
           >>> plan = Plan((LeafPlan("w", (4, 3), (None, (0, 2))),))
           >>> plan.to_json()
-          '[["w", [4, 3], [null, [0, 2]]]]'
+          '{"kept":[[0,2]],"leaves":[["w",[4,3],[null,0]]]}'
           >>> Plan.from_json(plan.to_json()) == plan
           True
         """
-        return json.dumps([[leaf.path, leaf.shape, leaf.kept] for leaf in self.leaves])
+        kept: dict[tuple[int, ...], int] = {}
+        leaves = []
+        for leaf in self.leaves:
+            which = [None if k is None else kept.setdefault(k, len(kept)) for k in leaf.kept]
+            leaves.append([leaf.path, leaf.shape, which])
+        return json.dumps({"kept": list(kept), "leaves": leaves}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -113,16 +120,18 @@ class Plan:
           FileError: for a text that is none.
         """
         try:
+            found = json.loads(text)
+            kept = {n: tuple(map(int, places)) for n, places in enumerate(found["kept"])}
             leaves = tuple(
                 LeafPlan(
                     str(path),
-                    tuple(int(n) for n in shape),
-                    tuple(None if k is None else tuple(int(i) for i in k) for k in kept),
+                    tuple(map(int, shape)),
+                    tuple(None if n is None else kept[n] for n in which),
                 )
-                for path, shape, kept in json.loads(text)
+                for path, shape, which in found["leaves"]
             )
-        except (TypeError, ValueError) as error:
-            raise FileError(f"this is no plan: {error}") from None
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise FileError(f"this is no plan: {error!r}") from None
         for leaf in leaves:
             _check_leaf(leaf)
         return cls(leaves)

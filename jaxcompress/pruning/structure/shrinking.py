@@ -53,7 +53,8 @@ def _masked(x: Any, leaf: LeafPlan) -> Any:
     return x
 
 
-def _taken(x: Any, leaf: LeafPlan) -> Any:
+def taken(x: Any, leaf: LeafPlan) -> Any:
+    """What stays of a leaf: an array, or a shape."""
     for axis, kept in enumerate(leaf.kept):
         if kept is not None:
             if isinstance(x, jax.ShapeDtypeStruct):
@@ -87,7 +88,7 @@ def shrink_params(params: Any, plan: Plan) -> Any:
       >>> shrink_params({"w": jnp.arange(3)}, Plan((leaf,)))["w"].tolist()
       [0, 2]
     """
-    return _each(params, plan, _taken, whole=True)
+    return _each(params, plan, taken, whole=True)
 
 
 def shrunk(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
@@ -218,7 +219,7 @@ def shrink_state(state: Any, params: Any, plan: Plan) -> Any:
         if leaf is None or all(kept is None for kept in leaf.kept) or np.size(x) <= 1:
             out.append(x)
         elif tuple(x.shape) == leaf.shape:
-            out.append(_taken(x, leaf))
+            out.append(taken(x, leaf))
         else:
             raise CompressError(
                 f"{jax.tree_util.keystr(path)} of the optimizer's state has shape "

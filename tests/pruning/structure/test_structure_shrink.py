@@ -398,7 +398,15 @@ def test_a_saved_plan_gives_the_same_function(tmp_path):
     np.testing.assert_array_equal(shrunk(fn, read)(again, x), small(fewer, x))
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '[["w", [3], [[0, 5]]]]', '[["w", [3], [[1, 0]]]]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[1]", "{}", '{"kept": [], "leaves": [["w", [3], [0]]]}',
+        '{"kept": [[0, 5]], "leaves": [["w", [3], [0]]]}',
+        '{"kept": [[1, 0]], "leaves": [["w", [3], [0]]]}',
+        '{"kept": [[0]], "leaves": [["w", [3, 2], [0]]]}',
+    ],
+)  # fmt: skip
 def test_what_is_no_plan_is_refused(text):
     with pytest.raises(jc.FileError, match="no plan"):
         Plan.from_json(text)
