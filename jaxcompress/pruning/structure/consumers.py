@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxcompress import compat
-from jaxcompress.pruning.structure import control
 from jaxcompress.pruning.structure.function import Labelled, label, leaves_of
 from jaxcompress.pruning.structure.labels import Axis, length
 from jaxcompress.pruning.structure.plans import Plan
@@ -101,6 +101,7 @@ class _Sum:
     axes: list[Axis]
     kernel: _Leaf | None
     why: str = ""
+    inputs: int = 1  # how many values of the leaf make one of the outcome
     into: _Leaf | None = None
     sign: int = 1
 
@@ -143,7 +144,7 @@ class _Adders(Follower):
         if name in ("add", "sub", "add_any"):
             return self._added(eqn, ins)
         if name in ("dot_general", "conv_general_dilated", "reduce_sum"):
-            made = (_dot if name == "dot_general" else _conv if name[0] == "c" else _reduce)
+            made = _dot if name == "dot_general" else _conv if name[0] == "c" else _reduce
             found = made(walk, eqn, ins)
             key = (id(eqn), found.kernel)
             self.held[id(eqn)] = eqn
@@ -179,26 +180,27 @@ class _Adders(Follower):
 def _dot(walk: Walk, eqn: compat.JaxprEqn, ins: Sequence[Value]) -> _Sum:
     contract, batch = eqn.params["dimension_numbers"]
     kernels = [i for i in (0, 1) if isinstance(ins[i].tag, _Leaf)]
-    whole = ins[0] if not ins[0].whole else ins[1]
-    places = contract[0] if whole is ins[0] else contract[1]
-    axes = [whole.axes[a] for a in places]
-    if len(kernels) != 1:
-        return _Sum(walk.table.place, axes, None, "it is a product of activations")
+    one = 1 if ins[0].whole else 0  # of which the axes are known
+    axes = [ins[one].axes[a] for a in contract[one]]
+    if len(kernels) != 1 or ins[1 - kernels[0]].whole:
+        return _Sum(walk.table.place, axes, None, "no leaf as it is weighs what it sums")
     if batch[0]:
-        return _Sum(walk.table.place, axes, None, "it is a product of a stack of weights")
-    return _Sum(walk.table.place, axes, ins[kernels[0]].tag)
+        return _Sum(walk.table.place, axes, None, "it is of a stack of weights at once")
+    return _Sum(walk.table.place, axes, ins[kernels[0]].tag, inputs=math.prod(map(length, axes)))
 
 
 def _conv(walk: Walk, eqn: compat.JaxprEqn, ins: Sequence[Value]) -> _Sum:
-    _, kernel, _ = eqn.params["dimension_numbers"]
-    tag = ins[1].tag if isinstance(ins[1].tag, _Leaf) else None
-    axes = [ins[1].axes[kernel[1]]] if not ins[1].whole else []
-    return _Sum(walk.table.place, axes, tag, "" if tag else "its kernel is no leaf")
+    x, kernel, _ = eqn.params["dimension_numbers"]
+    axes = [ins[0].axes[x[1]]] if ins[1].whole else [ins[1].axes[kernel[1]]]
+    if ins[0].whole or not isinstance(ins[1].tag, _Leaf):
+        return _Sum(walk.table.place, axes, None, "no leaf as it is weighs what it sums")
+    inputs = math.prod(length(axis) for a, axis in enumerate(ins[1].axes) if a != kernel[0])
+    return _Sum(walk.table.place, axes, ins[1].tag, inputs=inputs)
 
 
 def _reduce(walk: Walk, eqn: compat.JaxprEqn, ins: Sequence[Value]) -> _Sum:
     axes = [ins[0].axes[a] for a in eqn.params["axes"]]
-    return _Sum(walk.table.place, axes, None, "it weighs no channels")
+    return _Sum(walk.table.place, axes, None, "no leaf weighs what it sums")
 
 
 def _lossy(found: Labelled, follower: _Adders) -> list[_Sum]:
@@ -221,18 +223,19 @@ def _consumer(found: Labelled, follower: _Adders, s: _Sum) -> Consumer:
         why = f"{s.into.path} is read elsewhere too"
     elif s.into.stack != s.kernel.stack:
         why = f"{s.into.path} is one for several layers"
-    elif not _aligned(found, s.kernel, s.into):
+    elif not _aligned(found, s):
         why = f"{s.into.path} does not have its shape"
     if why:
         return Consumer(s.place, path, None, stack=s.kernel.stack, why=why)
     return Consumer(s.place, path, s.into.path, s.sign, s.kernel.stack)  # type: ignore[union-attr]
 
 
-def _aligned(found: Labelled, kernel: _Leaf, into: _Leaf) -> bool:
-    """Whether the axes of a leaf are, in their order, among those of the kernel."""
-    mine = _groups(found, kernel)
-    it = iter(mine)
-    return all(group in it for group in _groups(found, into))
+def _aligned(found: Labelled, s: _Sum) -> bool:
+    """Whether a leaf has the outputs of the kernel, in their order."""
+    kernel, into = (_groups(found, leaf) for leaf in (s.kernel, s.into) if leaf is not None)
+    size = lambda factors: math.prod(n for n, _ in factors)
+    it = iter(kernel)
+    return size(kernel) == s.inputs * size(into) and all(group in it for group in into)
 
 
 def _groups(found: Labelled, leaf: _Leaf) -> list[tuple[int, int]]:
