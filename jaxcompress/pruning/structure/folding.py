@@ -8,19 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcompress.errors import CompressError
 from jaxcompress.input_stats import InputStats
-from jaxcompress.interpret import Control, walked
 from jaxcompress.layerwise.folding import folding
 from jaxcompress.observe import observe
-from jaxcompress.probe import Labels, Listener, Probe, original
 from jaxcompress.pruning.structure.consumers import Consumer, consumers
-from jaxcompress.pruning.structure.find import Groups, groups
-from jaxcompress.pruning.structure.function import is_array, leaves_of
-from jaxcompress.pruning.structure.members import Group
-from jaxcompress.pruning.structure.plans import LeafPlan, Plan, keep_channels
+from jaxcompress.pruning.structure.plans import LeafPlan, Plan
 from jaxcompress.pruning.structure.shrinking import mask
 from jaxcompress.rules import KernelAxes, flatten
 
@@ -159,101 +153,3 @@ def _constants(stats: InputStats, gone: jax.Array, path: str) -> jax.Array:
             "not at the border of a convolution that pads; write exact=False to fold their means"
         )
     return value
-
-
-def zero_channels(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Plan:
-    """The plan that removes the channels whose filters are all zero.
-
-    They are what structured sparsity leaves behind (`Prune` with a pattern of whole channels,
-    `group_lasso`). A filter is zero where all that makes the channel is: the outputs of kernels and
-    the features of tables, of all leaves of the group that make something of other channels. Its
-    bias and its norms may be anything, so that it may still emit a constant: `fold_removed` puts
-    that into what reads it, and with `exact=True` refuses what is no constant, as where a value of
-    each row scales the channels.
-
-    Args:
-      fn: a function of `params` and the other arguments.
-      params: its first argument.
-      *args: the other arguments: arrays, shapes, or static values.
-      **kwargs: likewise.
-
-    Returns:
-      A `Plan`; of a group in which all are zero the first channel stays.
-
-    Raises:
-      CompressError: for params that hold compressed leaves or no arrays.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> params = {"up": jnp.array([[1.0, 0.0, 2.0]]), "down": jnp.ones((3, 2))}
-      >>> apply = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
-      >>> zero_channels(apply, params, jnp.ones((1, 1))).shapes
-      {'down': (2, 2), 'up': (1, 2)}
-    """
-    found = groups(fn, params, *args, **kwargs)
-    read = _read_axes(fn, params, args, kwargs)
-    arrays = {path: np.asarray(x) for path, x in leaves_of(params)}
-    kept = {}
-    for group in found.removable:
-        alive = _alive(found, group, arrays, read)
-        kept[group] = np.flatnonzero(alive).tolist() if alive.any() else [0]
-    return keep_channels(found, kept)
-
-
-def _alive(
-    found: Groups, group: Group, arrays: Mapping[str, np.ndarray], read: set[tuple[str, int]]
-) -> np.ndarray:
-    """Which channels are made of something; all, where nothing tells."""
-    alive, makers = np.zeros(group.size, bool), 0
-    kernels = {path for path, _ in read}
-    for member in group.members:
-        shape = found.shapes[member.path]
-        beside = any(n > 1 for a, n in enumerate(shape) if a != member.axis)
-        if (member.path, member.axis) in read or not (beside or member.path in kernels):
-            continue  # it reads the channel, or shifts and scales it
-        makers += 1
-        others = tuple(a for a in range(len(shape)) if a != member.axis)
-        filled = (arrays[member.path] != 0).any(axis=others)
-        alive |= filled[member.places(np.arange(group.size))].any(axis=1)
-    return alive if makers else np.ones(group.size, bool)
-
-
-def _read_axes(
-    fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> set[tuple[str, int]]:
-    """The axes of leaves that some contraction sums over."""
-    reads = _Reads()
-    others, rest = jax.tree.flatten((args, kwargs))
-    traced = [is_array(x) for x in others]
-
-    def run(params: Any, arrays: list[Any]) -> Any:
-        it = iter(arrays)
-        full = [next(it) if t else x for t, x in zip(traced, others)]
-        args, kwargs = jax.tree.unflatten(rest, full)
-        found, tree = flatten(params)
-        probes = [Probe.of(leaf, path, reads) for path, leaf in found]
-        return walked(fn, reads)(jax.tree.unflatten(tree, probes), *args, **kwargs)
-
-    jax.eval_shape(run, params, [x for t, x in zip(traced, others) if t])
-    return reads.axes
-
-
-class _Reads(Listener, Control):
-    """Collects the axes of leaves over which contractions sum."""
-
-    forward_only = True
-
-    def __init__(self) -> None:
-        self.axes: set[tuple[str, int]] = set()
-
-    def contracted(self, probe: Probe, i: int, operands: list[Any], params: dict[str, Any]) -> None:
-        self._add(probe, tuple(probe.axes[a] for a in params["dimension_numbers"][0][i]))
-
-    def convolved(self, probe: Probe, i: int, operands: list[Any], params: dict[str, Any]) -> None:
-        features = params["dimension_numbers"].rhs_spec[0]
-        if i == 1:
-            self._add(probe, tuple(x for a, x in enumerate(probe.axes) if a != features))
-
-    def _add(self, probe: Probe, labels: Labels) -> None:
-        ndim = len(probe.labels)
-        self.axes |= {(probe.path, axis + ndim) for axis in original(labels)}

@@ -10,7 +10,8 @@ from structure_models import SLOW, array, filled, linen
 from jaxcompress import CompressError
 from jaxcompress.pruning.structure import groups, keep_channels, mask, shrink
 from jaxcompress.pruning.structure.consumers import consumers
-from jaxcompress.pruning.structure.folding import fold_removed, zero_channels
+from jaxcompress.pruning.structure.empty import zero_channels
+from jaxcompress.pruning.structure.folding import fold_removed
 
 
 def close(a, b):
