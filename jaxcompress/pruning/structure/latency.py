@@ -51,7 +51,7 @@ def plan_for_latency(
     Multiplications say little of time: a kernel of 9 channels may take as long as one of 16. So
     models are made and timed, one after the other: each takes the share of channels where a
     straight line between the slowest that is fast enough and the fastest that is not would meet the
-    target. The search ends with a model that takes between `share * (1 - tolerance)` and `share`,
+    target, or the middle where one of the two stays. The search ends with a model that takes between `share * (1 - tolerance)` and `share`,
     or with the best of all trials.
 
     Args:
@@ -122,10 +122,13 @@ def _search(
     low: Trial | None = None
     keep = target  # as if time were that of channels
     turns = 0
+    before: bool | None = None
     while more() and turns < 64 and keep >= 1e-3:
         turns += 1  # plans that were measured before cost nothing, but end some time
         trial = cost(keep)
-        if trial.cost > target:
+        fits = trial.cost <= target
+        again, before = fits == before, fits
+        if not fits:
             high = trial
         else:
             low = trial
@@ -136,9 +139,10 @@ def _search(
             continue
         if high.keep - low.keep < 1e-3:
             break
-        # Not too near to either end, for a time is not quite a line, nor exact.
+        # Where one end stays, as at a jump, the middle; and never too near to either end.
         slope = (target - low.cost) / max(high.cost - low.cost, 1e-9)
-        keep = low.keep + (high.keep - low.keep) * min(max(slope, 0.1), 0.9)
+        slope = 0.5 if again else min(max(slope, 0.1), 0.9)
+        keep = low.keep + (high.keep - low.keep) * slope
     return low
 
 

@@ -29,10 +29,10 @@ def steps(params):
 
 
 @pytest.mark.parametrize(
-    ("count", "share", "allocation"),
-    [(products, 0.5, "uniform"), (products, 0.2, "global"), (steps, 0.5, "uniform")],
+    ("count", "share", "allocation", "most"),
+    [(products, 0.5, "uniform", 8), (products, 0.2, "global", 8), (steps, 0.5, "uniform", 16)],
 )
-def test_the_target_is_met_and_used(count, share, allocation):
+def test_the_target_is_met_and_used(count, share, allocation, most):
     """Against all plans of the kind, of a fine grid of shares."""
     calls = []
 
@@ -42,11 +42,11 @@ def test_the_target_is_met_and_used(count, share, allocation):
 
     options = {"allocation": allocation, "round_to": 1}
     made, trials = plan_for_latency(
-        network, PARAMS, (X,), PARAMS, share, measure=measure, **options
+        network, PARAMS, (X,), PARAMS, share, measure=measure, trials=most, **options
     )
     whole = count(PARAMS)
     assert calls[0] == whole
-    assert len(calls) <= 9
+    assert len(calls) <= 1 + most
     assert [t.cost * whole for t in trials] == pytest.approx(calls[1:])
     found = groups(network, PARAMS, X)
     sized = lambda made: count({n: np.zeros(shape) for n, shape in made.shapes.items()}) / whole
