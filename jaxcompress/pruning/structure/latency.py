@@ -51,8 +51,8 @@ def plan_for_latency(
     Multiplications say little of time: a kernel of 9 channels may take as long as one of 16. So
     models are made and timed, one after the other: each takes the share of channels where a
     straight line between the slowest that is fast enough and the fastest that is not would meet the
-    target, or the middle where one of the two stays. The search ends with a model that takes between `share * (1 - tolerance)` and `share`,
-    or with the best of all trials.
+    target, or the middle where one of the two stays. The search ends with a model that takes
+    between `share * (1 - tolerance)` and `share`, or with the best of all trials.
 
     Args:
       fn: a function of params and other arguments.
