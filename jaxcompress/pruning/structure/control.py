@@ -52,6 +52,7 @@ def _settled(
 ) -> tuple[list[Value], list[Value], Run]:
     """Walks a body until what it carries on is what it was given."""
     products = len(walk.products)
+    carry = [value._replace(tag=None) for value in carry]  # true of the first turn alone
     while True:
         outs, run = body(carry)
         after = [_meet(walk, (x, y), shape) for x, y, shape in zip(carry, outs, shapes)]
@@ -103,7 +104,7 @@ def _sliced(walk: Walk, value: Value, why: str) -> Value:
     if value.whole:
         return value
     walk.table.pin(value.axes[0], why)
-    return Value(value.axes[1:])
+    return Value(value.axes[1:], tag=walk.follower.sliced(value.tag))
 
 
 def _while(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:

@@ -11,7 +11,7 @@ from jaxcompress import compat
 from jaxcompress.arrays.base import is_compressed
 from jaxcompress.errors import CompressError
 from jaxcompress.pruning.structure.labels import Axis
-from jaxcompress.pruning.structure.walk import Run, Value, Walk
+from jaxcompress.pruning.structure.walk import Follower, Run, Value, Walk
 from jaxcompress.rules import flatten
 
 
@@ -76,6 +76,8 @@ def label(
     shapes: Sequence[tuple[int, ...]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    follower: Follower | None = None,
+    tags: Sequence[Any] | None = None,
 ) -> Labelled:
     """Labels a function.
 
@@ -85,6 +87,8 @@ def label(
       shapes: the shapes that its leaves have where nothing is removed.
       args: the other arguments; what is no array is static.
       kwargs: likewise.
+      follower: goes along with the walk.
+      tags: of the leaves, for it.
     """
     leaves = leaves_of(params)
     tree = jax.tree.structure(params)
@@ -99,9 +103,9 @@ def label(
         for shape, (_, x) in zip(shapes, leaves)
     ]
     closed, out = jax.make_jaxpr(flat, return_shape=True)(whole, arrays)
-    walk = Walk()
+    walk = Walk(follower)
     axes = [tuple(walk.table.axes(x.shape, zero=True)) for x in whole]
-    ins = [Value(found) for found in axes]
+    ins = [Value(found, tag=tag) for found, tag in zip(axes, tags or [None] * len(axes))]
     for n, v in enumerate(closed.jaxpr.invars[len(ins) :]):
         why = f"it is an axis of array {n} of the arguments"
         ins.append(Value(tuple(walk.table.axes(v.aval.shape, why))))

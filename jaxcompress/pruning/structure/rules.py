@@ -79,21 +79,28 @@ def _elementwise(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value]) -> Outcome:
         for other in there[1:]:
             walk.table.unify(there[0], other)
         axes.append(there[0] if there else UNIT)
-    return Outcome([Value(tuple(_zeros(walk, eqn, ins, a, axis) for a, axis in enumerate(axes)))])
+    known = [value.known for value in ins]
+    found: dict[tuple[bool, ...], bool] = {}  # by which operands are zero
+
+    def zero(there: tuple[bool, ...]) -> bool:
+        if there not in found:
+            values = [0 if z else x for z, x in zip(there, known)]
+            found[there] = elementwise.is_zero(eqn, values)
+        return found[there]
+
+    return Outcome([Value(tuple(_zeros(walk, ins, a, axis, zero) for a, axis in enumerate(axes)))])
 
 
-def _zeros(walk: Walk, eqn: compat.JaxprEqn, ins: list[Value], a: int, axis: Axis) -> Axis:
+def _zeros(walk: Walk, ins: list[Value], a: int, axis: Axis, zero: Callable[..., bool]) -> Axis:
     """The axis of the outcome, flagged where it is zero."""
+    if axis == UNIT:
+        return axis
     there = [walk.table.resolve(value.axes[a]) if value.axes else UNIT for value in ins]
     axis = walk.table.resolve(axis)
 
     def flag(s: int, f: int, factor: Factor) -> bool:
-        values = []
-        for value, own in zip(ins, there):
-            same = _factor(own, s, f)
-            zero = same is not None and same.group == factor.group and same.zero
-            values.append(0 if zero else value.known)
-        return elementwise.is_zero(eqn, values)
+        same = [_factor(own, s, f) for own in there]
+        return zero(tuple(x is not None and x.group == factor.group and x.zero for x in same))
 
     return tuple(
         tuple(factor._replace(zero=flag(s, f, factor)) for f, factor in enumerate(segment))

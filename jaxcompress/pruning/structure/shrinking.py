@@ -123,7 +123,7 @@ def shrunk(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         leaves = leaves_of(params)
         plan.check([(path, tuple(x.shape)) for path, x in leaves], whole=False)
         found = label(fn, params, [leaf.shape for leaf in plan.leaves], args, kwargs)
-        _keep(found, plan)
+        settle(found, plan)
         others = [x for x in jax.tree.leaves((args, kwargs)) if is_array(x)]
         outs = found.run([*(x for _, x in leaves), *others])
         return jax.tree.unflatten(found.structure, [jnp.asarray(x) for x in outs])
@@ -131,7 +131,7 @@ def shrunk(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
     return small
 
 
-def _keep(found: Labelled, plan: Plan) -> None:
+def settle(found: Labelled, plan: Plan) -> None:
     """Settles which channels of the groups of a function stay, from what stays of its leaves."""
     members, sizes = members_of(found)
     kept = {leaf.path: leaf.kept for leaf in plan.leaves}

@@ -31,11 +31,13 @@ class Value(NamedTuple):
       whole: that it depends on no argument, such as a constant, a position or a random number. Then
         it has no axes yet: it is computed as it was, and what is left of it is taken wherever it
         meets channels.
+      tag: what a `Follower` says of it.
     """
 
     axes: tuple[Axis, ...] = ()
     known: Any = None
     whole: bool = False
+    tag: Any = None
 
 
 def constant(known: Any = None) -> Value:
@@ -60,6 +62,19 @@ class Product(NamedTuple):
 
     times: int
     axes: tuple[Axis, ...]
+
+
+class Follower:
+    """Goes along with a walk, and puts tags on values."""
+
+    def entered(self, jaxpr: compat.Jaxpr) -> None:
+        """A jaxpr is about to be walked; the same one may be several times."""
+
+    def tag(self, walk: Walk, eqn: compat.JaxprEqn, ins: Sequence[Value]) -> Any:
+        """The tag of the only output of an equation that is no call, loop or branch."""
+
+    def sliced(self, tag: Any) -> Any:
+        """The tag of a slice of a value that a `scan` runs over."""
 
 
 class Kept:
@@ -110,7 +125,8 @@ class Kept:
 class Walk:
     """One walk over a function."""
 
-    def __init__(self) -> None:
+    def __init__(self, follower: Follower | None = None) -> None:
+        self.follower = follower or Follower()
         self.table = Table()
         self.kept = Kept(self.table, {})
         self.products: list[Product] = []
@@ -152,6 +168,7 @@ class Walk:
         """Labels what a jaxpr computes from values, and makes what computes it from arrays."""
         env: dict[Any, Value] = dict(zip(jaxpr.invars, ins))
         env.update((v, constant()) for v in jaxpr.constvars)
+        self.follower.entered(jaxpr)
 
         def known(v: Any) -> Value:
             if isinstance(v, compat.Literal):
@@ -194,12 +211,14 @@ class Walk:
         whole = [self.labelled(value, shape) for value, shape in zip(ins, shapes)]
         outcome = rules.find(eqn)(self, eqn, whole)
         inner = outcome.run or as_it_is
+        tag = self.follower.tag(self, eqn, ins)
+        outs = outcome.outs if tag is None else [outcome.outs[0]._replace(tag=tag)]
 
         def run(arrays: list[Any]) -> list[Any]:
             fit = zip(arrays, ins, whole)
             return inner([self.fitted(x, value, w.axes) for x, value, w in fit])
 
-        return outcome.outs, run
+        return outs, run
 
     def keep(self, channels: dict[int, np.ndarray], sizes: dict[int, int]) -> None:
         """Settles which channels stay; from now on these groups may not be taken apart."""
