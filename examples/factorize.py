@@ -23,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _resnet8_training
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from _mnist import Digits, load
 from _resnet8 import ResNet8
@@ -35,7 +35,7 @@ from rich.table import Table
 
 import jaxcompress as jc
 
-BATCH, SHARE = 100, 0.5
+SHARE = 0.5
 # Of a share and a block's channels: both sides of a Tucker-2 have channels of their own.
 FORMS: dict[str, Callable[[float, int], jc.Spec]] = {
     "tucker": lambda share, width: jc.Tucker(share),
@@ -55,45 +55,15 @@ def train(
     model: ResNet8, variables: Any, data: Digits, epochs: int, rate: float, seed: int = 0
 ) -> Any:
     """Trains dense or factored variables with Adam and a cosine schedule."""
-    steps = len(data.train_labels) // BATCH
-    tx = optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, steps // 4, epochs * steps))
     apply = jc.compressed(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
-    trained, fixed = jc.partition(variables["params"])
-
-    def loss(trained: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:
-        now = {"params": jc.combine(trained, fixed), "batch_stats": stats}
-        logits, new = apply(now, images)
-        value = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return value, new["batch_stats"]
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(trained: Any, stats: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
-        grads, stats = jax.grad(loss, has_aux=True)(trained, stats, images, labels)
-        updates, state = tx.update(grads, state, trained)
-        return optax.apply_updates(trained, updates), stats, state
-
-    rng = np.random.default_rng(seed)
-    trained, stats = jax.tree.map(jnp.copy, (trained, variables["batch_stats"]))
-    state = tx.init(trained)
-    for _ in range(epochs):
-        order = rng.permutation(len(data.train_labels))
-        for where in order[: steps * BATCH].reshape(steps, BATCH):
-            batch = data.train_images[where], data.train_labels[where]
-            trained, stats, state = step(trained, stats, state, *batch)
-    return {"params": jc.combine(trained, fixed), "batch_stats": stats}
+    tx = optax.adam(_resnet8_training.cosine(data, epochs, rate))
+    return _resnet8_training.train(apply, variables, tx, None, data, epochs, seed=seed)[0]
 
 
 @functools.cache
 def forward(model: ResNet8) -> Any:
     """The jitted forward pass, of dense and factored variables."""
     return jax.jit(jc.compressed(model.apply))
-
-
-def accuracy(model: ResNet8, variables: Any, data: Digits) -> float:
-    """The share of the test images that are told apart correctly, in percent."""
-    parts = np.split(data.test_images, 10)
-    found = [np.argmax(forward(model)(variables, images), axis=-1) for images in parts]
-    return 100 * float(np.mean(np.concatenate(found) == data.test_labels))
 
 
 def flops(model: ResNet8, variables: Any) -> float:
@@ -109,7 +79,7 @@ def stage(name: str, model: ResNet8, variables: Any, data: Digits, folder: Path)
     back = jc.load(file)
     return {
         "model": name,
-        "accuracy": accuracy(model, back, data),
+        "accuracy": _resnet8_training.accuracy(forward(model), back, data),
         "flops": flops(model, back),
         "file_bytes": file.stat().st_size,
     }

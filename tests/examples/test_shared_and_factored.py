@@ -21,12 +21,9 @@ from jaxcompress.sharing import merge, share_by_mixture, sharing_gap
 @pytest.fixture(scope="module")
 def digits():
     """The 8 x 8 digits on 28 x 28 pixels."""
-    images, labels, test_images, test_labels = _digits.load()
-    wide = lambda x: np.pad(
-        np.kron(x.reshape(-1, 8, 8), np.ones((1, 3, 3), np.float32)), ((0, 0), (2, 2), (2, 2))
-    ).reshape(-1, 784)
+    images, labels, test_images, test_labels = _digits.load_large()
     count = len(test_images) // 10 * 10
-    return _mnist.Digits(wide(images), labels, wide(test_images[:count]), test_labels[:count])
+    return _mnist.Digits(images, labels, test_images[:count], test_labels[:count])
 
 
 @pytest.mark.slow

@@ -38,7 +38,9 @@ def plan(
 
     Args:
       groups: of the function.
-      scores: a tree of the structure of the params, from any of `jaxcompress.pruning.scores`.
+      scores: a tree of the structure of the params, from any of `jaxcompress.pruning.scores`. A
+        leaf without a score (None or not there) counts for nothing: so leave out those that should
+        not count, such as batch statistics.
       keep: the share of the budget that stays; or `{glob: share of the channels}`, where a group
         takes the first that matches the path of any of its members, and stays whole without one.
       budget: what the share is of: `channels` (of each group, or of all), `parameters`, `bytes` or
@@ -55,7 +57,8 @@ def plan(
     Raises:
       SpecError: for a budget that cannot be met, or an option that is none.
       RuleError: for a glob that matches no group from which anything can be removed.
-      CompressError: for scores of another structure.
+      CompressError: for scores of other shapes, of leaves that are none of the params, and for a
+        group none of whose leaves has a score.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -90,15 +93,22 @@ def _channel_scores(
     groups: Groups, chosen: Sequence[Group], scores: Any, signed: bool
 ) -> list[np.ndarray]:
     found = dict(leaves_of(scores))
-    for path, shape in groups.shapes.items():
-        if path not in found or tuple(found[path].shape) != shape:
-            there = f"of shape {tuple(found[path].shape)}" if path in found else "not there"
-            raise CompressError(f"the score of {path} of shape {shape} is {there}")
+    for path, x in found.items():
+        if path not in groups.shapes:
+            raise CompressError(f"there is a score of {path}, and no such leaf in the params")
+        if tuple(x.shape) != groups.shapes[path]:
+            raise CompressError(
+                f"the score of {path} of shape {groups.shapes[path]} is of shape {tuple(x.shape)}"
+            )
     sums: dict[tuple[str, int], np.ndarray] = {}
     out = []
     for group in chosen:
         total = np.zeros(group.size)
+        if not any(member.path in found for member in group.members):
+            raise CompressError(f"there is no score of any leaf of the group of {group.name}")
         for member in group.members:
+            if member.path not in found:
+                continue
             key = (member.path, member.axis)
             if key not in sums:
                 x = np.asarray(found[member.path]).astype(np.float64)

@@ -50,6 +50,27 @@ class Plan:
         """The new shape of each leaf by path: the widths of a module that is made by hand."""
         return {leaf.path: leaf.small for leaf in self.leaves}
 
+    def under(self, prefix: str) -> Plan:
+        """The plan of a part of the tree, such as Linen's `params` without its batch statistics.
+
+        Raises:
+          CompressError: for a prefix of no leaf.
+
+        Examples:
+          >>> plan = Plan((LeafPlan("params/w", (3,), ((0, 2),)), LeafPlan("state/n", (), ())))
+          >>> plan.under("params").shapes
+          {'w': (2,)}
+        """
+        start = f"{prefix.rstrip('/')}/"
+        found = tuple(
+            dataclasses.replace(leaf, path=leaf.path.removeprefix(start))
+            for leaf in self.leaves
+            if leaf.path.startswith(start)
+        )
+        if not found:
+            raise CompressError(f"no leaf of the plan lies under {prefix!r}")
+        return Plan(found)
+
     def then(self, other: Plan) -> Plan:
         """One plan of the whole for this one and then another, made for what this one leaves.
 

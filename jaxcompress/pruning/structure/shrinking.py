@@ -194,12 +194,14 @@ def shrink_state(state: Any, params: Any, plan: Plan) -> Any:
 
     Args:
       state: of an optimizer, for the whole params.
-      params: the whole params, arrays or shapes.
-      plan: from `plan`.
+      params: the whole params as the optimizer was given them, arrays or shapes.
+      plan: from `plan`, for these params. With Linen, whose plan is of all variables and whose
+        optimizer has the params alone, `plan.under("params")`.
 
     Raises:
       CompressError: for a part that belongs to a smaller leaf and has another shape, such as a
-        factored second moment: begin it anew with the optimizer's `init`.
+        factored second moment (begin it anew with the optimizer's `init`), and for parts that lie
+        elsewhere than in the params.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -212,10 +214,17 @@ def shrink_state(state: Any, params: Any, plan: Plan) -> Any:
     plan.check([(path, tuple(x.shape)) for path, x in leaves], whole=True)
     paths = [tuple(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     parts, structure = jax.tree_util.tree_flatten_with_path(state)
+    smaller = {(path[-1:], leaf.shape) for path, leaf in zip(paths, plan.leaves) if any(leaf.kept)}
     out = []
     for path, x in parts:
         place = owner(tuple(path), paths)
         leaf = None if place is None else plan.leaves[place]
+        if leaf is None and (tuple(path[-1:]), np.shape(x)) in smaller:
+            raise CompressError(
+                f"{jax.tree_util.keystr(path)} of the optimizer's state looks like a part of a "
+                "smaller leaf, and lies elsewhere than in the params; give the params that the "
+                'optimizer was given, and their plan, such as plan.under("params")'
+            )
         if leaf is None or all(kept is None for kept in leaf.kept) or np.size(x) <= 1:
             out.append(x)
         elif tuple(x.shape) == leaf.shape:

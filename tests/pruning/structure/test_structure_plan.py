@@ -122,6 +122,22 @@ def test_scores_of_the_library_fit(found):
         assert plan(found, scores, 0.5).shapes["c"] == (16, 24)
 
 
+def test_leaves_without_a_score_count_for_nothing(found):
+    readers = {"a": None, "b": None, "c": PARAMS["c"], "d": PARAMS["d"]}
+    made = plan(found, readers, 0.5)
+    c = np.abs(np.asarray(PARAMS["c"]))
+    assert kept(made, "b", 0) == tuple(sorted(np.argsort(-c.sum(1))[:16]))
+    assert plan(found, {"c": PARAMS["c"], "d": PARAMS["d"]}, 0.5) == made
+    # Those of the norms of inputs have none for a bias.
+    norms = S.wanda(network, PARAMS, [array(7, 4, 5)])
+    assert norms["b"] is None
+    assert plan(found, norms, 0.5).shapes["c"] == (16, 24)
+    with pytest.raises(CompressError, match="no score of any leaf of the group of"):
+        plan(found, {"a": PARAMS["a"]}, 0.5)
+    with pytest.raises(CompressError, match="no such leaf"):
+        plan(found, {**PARAMS, "e": PARAMS["d"]}, 0.5)
+
+
 def test_what_cannot_be_is_refused(found):
     group = found.removable[0]
     with pytest.raises(SpecError, match=r"keep=0.01 of the parameters cannot be met"):

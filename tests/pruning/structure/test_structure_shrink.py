@@ -337,6 +337,23 @@ def test_training_goes_on_as_that_of_the_masked_model():
     close(shrink_params(whole, plan), fewer)
 
 
+def test_the_state_of_a_part_of_the_variables():
+    """With Linen the plan is of all variables, and the optimizer has the params alone."""
+    _, params, x = hidden(jnp.tanh)
+    variables = {"params": params, "batch_stats": {"mean": jnp.zeros(6)}}
+    centred = lambda p, x, mean: jnp.tanh(x @ p["up"] - mean) @ p["down"]
+    apply = lambda v, x: centred(v["params"], x, v["batch_stats"]["mean"])
+    plan = keep_channels(groups(apply, variables, x), _first(apply, variables, x))
+    state = optax.adam(0.1).init(params)
+    small = shrink_state(state, params, plan.under("params"))
+    fewer = shrink_params(variables, plan)["params"]
+    assert jax.tree.map(jnp.shape, small[0].mu) == jax.tree.map(jnp.shape, fewer)
+    with pytest.raises(CompressError, match=r'plan.under\("params"\)'):
+        shrink_state(state, variables, plan)
+    with pytest.raises(CompressError, match="no leaf of the plan"):
+        plan.under("param")
+
+
 def test_little_by_little():
     """The smaller function has groups of its own, and both plans together are one of the whole."""
     fn, params, x = hidden(lambda h: h * jax.lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + 1))
