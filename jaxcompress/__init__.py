@@ -28,7 +28,7 @@ from jaxcompress.arrays.rotated import RotatedArray
 from jaxcompress.arrays.scaled import ScaledArray
 from jaxcompress.arrays.sparse import SparseArray
 from jaxcompress.arrays.summed import SumArray
-from jaxcompress.checkpoint.file import load, read_metadata, save
+from jaxcompress.checkpoint.file import load, read_metadata, read_plan, save
 from jaxcompress.checkpoint.sources import open_params
 from jaxcompress.compress import (
     combine,
@@ -145,6 +145,7 @@ __all__ = [
     "pruning",
     "quantization",
     "read_metadata",
+    "read_plan",
     "register_array",
     "register_rule",
     "register_spec",

@@ -28,6 +28,8 @@ PAGES = [
             "solvers",
             "gates",
             "iterative",
+            "structured-removal",
+            "removal-in-use",
             "quantization",
             "mixed-precision",
             "decomposition",

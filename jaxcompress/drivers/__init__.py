@@ -17,6 +17,7 @@ from jaxcompress.drivers.iterative import (
     lottery_ticket,
 )
 from jaxcompress.drivers.layer_by_layer import CompressedRound, LayerRound, layer_by_layer
+from jaxcompress.drivers.shrinking import ShrinkRound, ShrunkRound, iterative_shrinking
 from jaxcompress.drivers.teacher_cache import TeacherCache, cache_teacher
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "LayerRound",
     "PrunedRound",
     "Round",
+    "ShrinkRound",
+    "ShrunkRound",
     "TeacherCache",
     "Trained",
     "cache_teacher",
@@ -36,6 +39,7 @@ __all__ = [
     "distil_chain",
     "early_bird",
     "iterative_pruning",
+    "iterative_shrinking",
     "layer_by_layer",
     "learning_rate_rewinding",
     "lottery_ticket",

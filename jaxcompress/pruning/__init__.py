@@ -54,24 +54,35 @@ from jaxcompress.pruning.schedules import (
 )
 from jaxcompress.pruning.select import kept_count, kth_largest, n_of_m_mask, top_mask, top_masks
 from jaxcompress.pruning.structure import (
+    Clock,
+    Consumer,
     Group,
     Groups,
     LeafPlan,
     Member,
     Plan,
+    Shrink,
+    Trial,
+    consumers,
+    fold_removed,
     groups,
     keep_channels,
+    mask_channels,
     plan,
+    plan_for_latency,
+    rebuild,
     shrink,
     shrink_params,
     shrink_state,
     shrunk,
+    zero_channels,
 )
-from jaxcompress.pruning.structure import mask as mask_channels
 from jaxcompress.pruning.wrapper import SparsifyState, sparsify
 
 __all__ = [
     "Algorithm",
+    "Clock",
+    "Consumer",
     "Group",
     "Groups",
     "LeafPlan",
@@ -81,8 +92,11 @@ __all__ = [
     "Plan",
     "ProximalState",
     "Schedule",
+    "Shrink",
     "SparsifyState",
+    "Trial",
     "apply_masks",
+    "consumers",
     "count_kept",
     "cubic_schedule",
     "cyclic_schedule",
@@ -92,6 +106,7 @@ __all__ = [
     "erk",
     "exponential_schedule",
     "fit_masks",
+    "fold_removed",
     "gates",
     "group_lasso",
     "groups",
@@ -112,8 +127,10 @@ __all__ = [
     "one_shot",
     "periodic",
     "plan",
+    "plan_for_latency",
     "proximal",
     "random",
+    "rebuild",
     "rigl",
     "scores",
     "set_",
@@ -136,4 +153,5 @@ __all__ = [
     "top_masks",
     "uniform",
     "weight_elimination",
+    "zero_channels",
 ]

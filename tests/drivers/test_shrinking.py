@@ -12,7 +12,7 @@ import pytest
 import jaxcompress as jc
 from jaxcompress import CompressError, FileError, SpecError
 from jaxcompress.drivers.shrinking import _between, iterative_shrinking
-from jaxcompress.pruning.structure import groups, mask, shrunk
+from jaxcompress.pruning.structure import groups, mask_channels, shrunk
 
 
 def array(seed, *shape):
@@ -62,10 +62,10 @@ def test_it_is_the_training_of_the_masked_model():
     params, state = PARAMS, OPTIMIZER.init(PARAMS)
     for done in whole_run():
         moments = state[0]._replace(
-            mu=mask(state[0].mu, done.plan), nu=mask(state[0].nu, done.plan)
+            mu=mask_channels(state[0].mu, done.plan), nu=mask_channels(state[0].nu, done.plan)
         )
-        masked = lambda p, plan=done.plan: loss(mask(p, plan))
-        params, state = steps(masked, mask(params, done.plan), (moments, *state[1:]))
+        masked = lambda p, plan=done.plan: loss(mask_channels(p, plan))
+        params, state = steps(masked, mask_channels(params, done.plan), (moments, *state[1:]))
         assert int(done.state[0].count) == int(state[0].count) == 2 * (done.number + 1)
         # Adam divides by the root of its second moments: rounding of 1e-7, some ten times larger.
         for got, kept in ((done.params, params), (done.state[0].mu, state[0].mu)):

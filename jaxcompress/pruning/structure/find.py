@@ -160,8 +160,8 @@ def groups(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Gr
     the reason, where its removal would be seen: arguments and results, what is reduced over other
     than by a sum of zeros, and whatever meets an operation that is not known.
 
-    What is removed is zero in all of its leaves in the masked model (`mask`). A sum over removed
-    channels that are zero thus keeps its value, and a mean its divisor: the layer norm or
+    What is removed is zero in all of its leaves in the masked model (`mask_channels`). A sum over
+    removed channels that are zero thus keeps its value, and a mean its divisor: the layer norm or
     RMS norm of a model whose width is reduced still divides by the full width. (Where the masked
     model divides zero by zero at a removed channel, as by a norm without an epsilon, it has a NaN
     there, and the smaller one has not.)

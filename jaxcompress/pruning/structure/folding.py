@@ -13,9 +13,9 @@ from jaxcompress.errors import CompressError
 from jaxcompress.input_stats import InputStats
 from jaxcompress.layerwise.folding import folding
 from jaxcompress.observe import observe
-from jaxcompress.pruning.structure.consumers import Consumer, consumers
 from jaxcompress.pruning.structure.plans import LeafPlan, Plan
-from jaxcompress.pruning.structure.shrinking import mask
+from jaxcompress.pruning.structure.readers import Consumer, consumers
+from jaxcompress.pruning.structure.shrinking import mask_channels
 from jaxcompress.rules import KernelAxes, flatten
 
 # By how much of itself a mean in float32 may miss the constant that it is the mean of: a sum of
@@ -34,9 +34,9 @@ def fold_removed(
 ) -> Any:
     """Adds to the biases of what reads removed channels what these emitted on average.
 
-    `mask` and `shrink` take a removed channel away altogether. In the model as it was it held
-    something all the same: a constant where its filter is zero (what follows makes of the bias or
-    of the shift of a batch norm), or else its mean, which is the best constant for it. For each
+    `mask_channels` and `shrink` take a removed channel away altogether. In the model as it was it
+    held something all the same: a constant where its filter is zero (what follows makes of the bias
+    or of the shift of a batch norm), or else its mean, which is the best constant for it. For each
     kernel W that reads removed channels c, `sum of W[c] E[x[c]]` goes into the leaf that is added
     to its outcome, or is taken off the running mean of the batch norm after it; see
     `consumers`. Do this before `shrink`.
@@ -132,7 +132,7 @@ def _missing(
     axes = tuple(a + kernel.ndim for a in inputs)
     kept = tuple(k if a in axes else None for a, k in enumerate(leaf.kept))
     w = jnp.asarray(kernel, jnp.float32)
-    gone = w - mask([w], Plan((LeafPlan("0", leaf.shape, kept),)))[0]
+    gone = w - mask_channels([w], Plan((LeafPlan("0", leaf.shape, kept),)))[0]
     own = stats[inputs]
     how = folding(w, KernelAxes(inputs, tuple(outputs)))
     groups = own.mean.shape[reader.stack] if own.mean.ndim > reader.stack + 1 else 1

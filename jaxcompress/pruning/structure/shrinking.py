@@ -17,7 +17,7 @@ from jaxcompress.pruning.structure.function import Labelled, is_array, label, le
 from jaxcompress.pruning.structure.plans import LeafPlan, Plan
 
 
-def mask(params: Any, plan: Plan) -> Any:
+def mask_channels(params: Any, plan: Plan) -> Any:
     """The params with zeros where a plan removes channels: in all leaves where they lie.
 
     So not only what makes a removed channel is zero, but also what reads it: nothing that the
@@ -37,7 +37,7 @@ def mask(params: Any, plan: Plan) -> Any:
     Examples:
       >>> import jax.numpy as jnp
       >>> leaf = LeafPlan("w", (3,), ((0, 2),))
-      >>> mask({"w": jnp.ones(3)}, Plan((leaf,)))["w"].tolist()
+      >>> mask_channels({"w": jnp.ones(3)}, Plan((leaf,)))["w"].tolist()
       [1.0, 0.0, 1.0]
     """
     return _each(params, plan, _masked, whole=True)
@@ -161,7 +161,8 @@ def settle(found: Labelled, plan: Plan) -> None:
 def shrink(fn: Callable[..., Any], params: Any, plan: Plan) -> tuple[Callable[..., Any], Any]:
     """A smaller model: the function that runs smaller leaves, and these leaves.
 
-    It equals `fn` on the masked params (`mask`) to rounding, value and gradient of what stays.
+    It equals `fn` on the masked params (`mask_channels`) to rounding, value and gradient of what
+    stays.
 
     Args:
       fn: the function whose groups the plan is of.

@@ -11,7 +11,7 @@ from structure_models import array, mlp, scanned
 import jaxcompress as jc
 from jaxcompress import CompressError
 from jaxcompress.distillation import tap
-from jaxcompress.pruning.structure import groups, mask, plan, shrink, shrink_params, shrunk
+from jaxcompress.pruning.structure import groups, mask_channels, plan, shrink, shrink_params, shrunk
 
 RULES = {
     "quantized": jc.Quantize("int8"),
@@ -86,7 +86,7 @@ def test_layers_are_tapped_by_their_names():
     """What they return is that of the masked model at the channels that stay."""
     x = array(0, 4, 3)
     params, found, student, fewer = student_of(x)
-    masked = mask(params, found)
+    masked = mask_channels(params, found)
     wanted, inner = tap(Net().apply, "hidden")(masked, x)
     got, smaller = jax.jit(tap(student, "hidden"))(fewer, x)
     near(got, wanted)

@@ -8,10 +8,10 @@ import pytest
 from structure_models import SLOW, array, linen
 
 from jaxcompress import CompressError
-from jaxcompress.pruning.structure import groups, keep_channels, mask, shrink
-from jaxcompress.pruning.structure.consumers import consumers
+from jaxcompress.pruning.structure import groups, keep_channels, mask_channels, shrink
 from jaxcompress.pruning.structure.empty import zero_channels
 from jaxcompress.pruning.structure.folding import fold_removed
+from jaxcompress.pruning.structure.readers import consumers
 
 
 def close(a, b):
@@ -54,7 +54,7 @@ def test_dense_layers_with_zero_filters_are_removed_exactly():
     small, fewer = shrink(fn, fold_removed(fn, params, plan, [x, 2 * x], exact=True), plan)
     close(small(fewer, x), fn(params, x))
     # What the mask alone takes away is seen.
-    assert float(jnp.abs(fn(mask(params, plan), x) - fn(params, x)).max()) > 0.1
+    assert float(jnp.abs(fn(mask_channels(params, plan), x) - fn(params, x)).max()) > 0.1
 
 
 def test_the_mean_is_what_is_folded():
@@ -112,7 +112,7 @@ def test_convolutions_with_a_norm_are_removed_exactly():
     }
     small, fewer = shrink(fn, fold_removed(fn, params, plan, [x], exact=True), plan)
     close(small(fewer, x), fn(params, x))
-    assert float(jnp.abs(fn(mask(params, plan), x) - fn(params, x)).max()) > 0.1
+    assert float(jnp.abs(fn(mask_channels(params, plan), x) - fn(params, x)).max()) > 0.1
 
 
 def test_a_border_of_zeros_is_not_constant():
@@ -122,7 +122,7 @@ def test_a_border_of_zeros_is_not_constant():
     with pytest.raises(CompressError, match="at the border of a convolution that pads"):
         fold_removed(fn, params, plan, [x], exact=True)
     folded = fold_removed(fn, params, plan, [x])
-    error = lambda p: float(jnp.abs(fn(mask(p, plan), x) - fn(params, x)).max())
+    error = lambda p: float(jnp.abs(fn(mask_channels(p, plan), x) - fn(params, x)).max())
     assert error(folded) < 0.5 * error(params)
 
 

@@ -6,7 +6,7 @@ import pytest
 from structure_models import FAST, SLOW, array, expected, linen, members
 
 from jaxcompress import CompressError
-from jaxcompress.pruning.structure import groups, keep_channels, mask, shrink
+from jaxcompress.pruning.structure import groups, keep_channels, mask_channels, shrink
 
 pytest.importorskip("tokenizers")
 import _lenet5 as lenet5  # isort: skip
@@ -182,7 +182,7 @@ def test_nnx_and_linen_alike():
     )
     plan = keep_channels(found, {found.removable[0]: [1, 4]})
     small, fewer = shrink(fn, state, plan)
-    want = fn(mask(state, plan), x)
+    want = fn(mask_channels(state, plan), x)
     assert jnp.allclose(jax.jit(small)(fewer, x), want, atol=1e-6)
 
 

@@ -15,7 +15,7 @@ from jaxcompress.pruning.structure import (
     Plan,
     groups,
     keep_channels,
-    mask,
+    mask_channels,
     shrink,
     shrink_params,
     shrink_state,
@@ -44,7 +44,7 @@ def agree(fn, params, args, plan):
         return lambda p: jnp.sum(jnp.sin(fn(p, *args)))
 
     small, fewer = shrink(fn, params, plan)
-    masked = mask(params, plan)
+    masked = mask_channels(params, plan)
     (a, ga), (b, gb) = (
         jax.jit(jax.value_and_grad(loss(f)))(p) for f, p in ((fn, masked), (small, fewer))
     )
@@ -115,7 +115,7 @@ def check_composition(names, seed):
     x = array(10, 2, 3)
     plan = random_plan(groups(fn, params, x), seed)
     small, fewer = shrink(fn, params, plan)
-    want, got = jax.jit(fn)(mask(params, plan), x), jax.jit(small)(fewer, x)
+    want, got = jax.jit(fn)(mask_channels(params, plan), x), jax.jit(small)(fewer, x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * (1 + float(jnp.abs(want).max())))
 
 
@@ -218,7 +218,7 @@ def check_layers(names, seed):
         params[path] = array(n + 2, *shape) / np.sqrt(shape[-2:][0])
     plan = random_plan(groups(fn, params, x), seed)
     small, fewer = shrink(fn, params, plan)
-    want, got = jax.jit(fn)(mask(params, plan), x), jax.jit(small)(fewer, x)
+    want, got = jax.jit(fn)(mask_channels(params, plan), x), jax.jit(small)(fewer, x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * (1 + float(jnp.abs(want).max())))
 
 
@@ -236,9 +236,9 @@ def test_other_functions_of_the_params_and_other_batches():
     assert 0 < plan.shapes["a"][1] < 8
     x, key = array(3, 5, 3), jax.random.key(3)
     small, fewer = shrink(fn, params, plan)
-    close(jax.jit(small)(fewer, x, key=key), fn(mask(params, plan), x, key=key))
+    close(jax.jit(small)(fewer, x, key=key), fn(mask_channels(params, plan), x, key=key))
     loss = lambda p, x: jnp.mean(fn(p, x) ** 2)
-    close(shrunk(loss, plan)(fewer, x), loss(mask(params, plan), x))
+    close(shrunk(loss, plan)(fewer, x), loss(mask_channels(params, plan), x))
 
 
 @pytest.mark.slow
@@ -247,7 +247,10 @@ def test_batch_norm_in_training_gives_smaller_statistics():
     train = lambda p, x: apply(p, x, train=True, mutable=["batch_stats"])
     plan = random_plan(groups(apply, params, *args), 2)
     small, fewer = shrink(train, params, plan)
-    (a, masked), (b, stats) = train(mask(params, plan), *args), jax.jit(small)(fewer, *args)
+    (a, masked), (b, stats) = (
+        train(mask_channels(params, plan), *args),
+        jax.jit(small)(fewer, *args),
+    )
     close(a, b)
     close(shrink_params(params | masked, plan)["batch_stats"], stats["batch_stats"])
 
@@ -306,7 +309,7 @@ def test_a_backward_pass_that_sums_over_removed_channels_is_refused():
     fn, params, x = hidden(act)
     plan = keep_channels(groups(fn, params, x), _first(fn, params, x))
     small, fewer = shrink(fn, params, plan)
-    close(small(fewer, x), fn(mask(params, plan), x))
+    close(small(fewer, x), fn(mask_channels(params, plan), x))
     with pytest.raises(CompressError, match="cannot do without"):
         jax.grad(lambda p: small(p, x).sum())(fewer)
 
@@ -327,10 +330,10 @@ def test_training_goes_on_as_that_of_the_masked_model():
             p, state = step(p, state)
         return p, state
 
-    whole = mask(params, plan)
+    whole = mask_channels(params, plan)
     whole, state = steps(fn, whole, optimizer.init(whole), 2)
     # The masked model is masked after each step, as its moments are.
-    whole, moments = mask(whole, plan), state
+    whole, moments = mask_channels(whole, plan), state
     small, fewer = shrink(fn, whole, plan)
     fewer, _ = steps(small, fewer, shrink_state(moments, whole, plan), 1)
     whole, _ = steps(fn, whole, moments, 1)
@@ -366,8 +369,8 @@ def test_little_by_little():
     both = first.then(second)
     assert both.leaves[0].kept == ((0, 5), None)
     close(shrink_params(params, both), least)
-    close(smaller(least, x), fn(mask(params, both), x))
-    close(shrunk(fn, both)(least, x), fn(mask(params, both), x))
+    close(smaller(least, x), fn(mask_channels(params, both), x))
+    close(shrunk(fn, both)(least, x), fn(mask_channels(params, both), x))
     with pytest.raises(CompressError, match="the plan is for"):
         second.then(first)
 
