@@ -1,4 +1,4 @@
-"""A process that has the code of the whole model and a file: prints what the smaller one returns."""
+"""A process that has the code of the whole model and a file: keeps what the smaller one returns."""
 
 import sys
 
@@ -7,9 +7,12 @@ import numpy as np
 from structure_models import ResNet, array
 
 import jaxcompress as jc
-from jaxcompress.checkpoint.file import read_plan
-from jaxcompress.pruning.structure import shrunk
 
-path, out = sys.argv[1:]
-run = jax.jit(jc.compressed(shrunk(ResNet().apply, read_plan(path))))
-np.save(out, run(jc.load(path), array(5, 2, 4, 4, 2)))
+
+def main(path, out):
+    run = jax.jit(jc.compressed(jc.pruning.shrunk(ResNet().apply, jc.read_plan(path))))
+    np.save(out, run(jc.load(path), array(5, 2, 4, 4, 2)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
