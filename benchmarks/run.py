@@ -6,7 +6,7 @@ Names are those of the files beside this one: imports, quantize, kmeans, selecti
 sparsify, fake_quantize, observe, coding, command_line, one_shot, lenet_pruning, mnist, minilm,
 low_bits, calibrated, mixed_precision, activations, gptq, image_model, language_model,
 decomposition, low_rank, factored, product, deep_compression,
-teacher_step, recovered, student_losses.
+teacher_step, recovered, student_losses, distilled_minilm, structure, shrink.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = (
     "observe", "coding", "command_line", "one_shot", "lenet_pruning", "mnist", "minilm",
     "low_bits", "calibrated", "mixed_precision", "activations", "gptq", "image_model",
     "language_model", "decomposition", "low_rank", "factored", "product", "deep_compression",
-    "teacher_step", "recovered", "student_losses",
+    "teacher_step", "recovered", "student_losses", "distilled_minilm", "structure", "shrink",
 )  # fmt: skip
 # Where pages happen to lie moves a memory-bound program by a tenth from one process to the next,
 # so these run in several, and the median ratio of each row counts.
