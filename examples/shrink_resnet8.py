@@ -85,7 +85,13 @@ def scores(model: ResNet8, variables: Any, data: Digits, score: str) -> Any:
 
 
 def remove(
-    model: ResNet8, variables: Any, state: Any, data: Digits, keep: float, score: str = "taylor"
+    model: ResNet8,
+    variables: Any,
+    state: Any,
+    data: Digits,
+    keep: float,
+    score: str = "taylor",
+    round_to: int = ROUND_TO,
 ) -> Thin:
     """Removes channels until a share of the multiplications is left."""
     groups = pruning.groups(model.apply, variables, data.train_images[:1])
@@ -94,7 +100,7 @@ def remove(
         scores(model, variables, data, score),
         keep,
         budget="multiplications",
-        round_to=ROUND_TO,
+        round_to=round_to,
     )
     return Thin(
         plan,
@@ -151,6 +157,7 @@ def compare(
     tuned: int,
     keep: float = KEEP,
     score: str = "taylor",
+    round_to: int = ROUND_TO,
     taught: bool = True,
     seeds: tuple[int, ...] = (0,),
 ) -> tuple[list[dict[str, Any]], Any]:
@@ -167,7 +174,7 @@ def compare(
     jc.save(files[0], dense)
     rows = [row("dense", forward, dense, data, multiplications(model, dense), files[0])]
 
-    thin = remove(model, dense, state, data, keep, score)
+    thin = remove(model, dense, state, data, keep, score, round_to)
     save(files[1], thin)
     small, variables, _ = restore(files[1], model)
     count = multiplications(model, variables, thin.plan)
@@ -209,6 +216,7 @@ def main() -> None:
     parser.add_argument("--tuned", type=int, default=3, help="epochs of what is left")
     parser.add_argument("--widths", type=int, nargs=3, default=WIDTHS, help="channels")
     parser.add_argument("--keep", type=float, default=KEEP, help="share of the multiplications")
+    parser.add_argument("--round-to", type=int, default=ROUND_TO, help="multiples of channels")
     parser.add_argument("--score", choices=("taylor", "magnitude"), default="taylor")
     parser.add_argument("--no-teacher", action="store_true", help="learn from the labels alone")
     parser.add_argument("--quick", action="store_true", help="one epoch each, of 5,000 images")
@@ -219,7 +227,8 @@ def main() -> None:
     except AssetError as error:
         raise SystemExit(str(error)) from None
     model, console = ResNet8(tuple(args.widths)), Console()
-    given = {name: getattr(args, name) for name in ("epochs", "tuned", "keep", "score")}
+    names = ("epochs", "tuned", "keep", "score", "round_to")
+    given = {name: getattr(args, name) for name in names}
     if args.quick:
         data = data._replace(
             train_images=data.train_images[:5000], train_labels=data.train_labels[:5000]

@@ -18,7 +18,9 @@ from _resnet8 import ResNet8
 @pytest.mark.slow
 def test_half_the_multiplications_are_removed_and_the_rest_is_trained(tmp_path):
     model, data = ResNet8(), _mnist.Digits(*_digits.load_large())
-    rows, dense = shrink_resnet8.compare(model, data, tmp_path, epochs=8, tuned=6, keep=0.5)
+    rows, dense = shrink_resnet8.compare(
+        model, data, tmp_path, epochs=8, tuned=6, keep=0.5, round_to=8
+    )
     before, removed, after = rows
     assert after["multiplications"] == removed["multiplications"]
     assert after["multiplications"] <= before["multiplications"] / 2
