@@ -131,12 +131,12 @@ def seconds(runs: dict[str, Callable[[], Any]], rounds: int = 21) -> dict[str, f
 def save(file: Path, thin: Thin) -> None:
     """Writes the smaller leaves, with the plan beside them."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    jc.save(file, thin.variables, metadata={"plan": thin.plan.to_json()})
+    jc.save(file, thin.variables, plan=thin.plan)
 
 
 def restore(file: Path, model: ResNet8) -> tuple[Callable[..., Any], Any, pruning.Plan]:
     """The forward pass of a file, from the model's code, which knows of no removal."""
-    plan = pruning.Plan.from_json(jc.read_metadata(file)["plan"])
+    plan = jc.read_plan(file)
     return jax.jit(pruning.shrunk(model.apply, plan)), jc.load(file), plan
 
 
