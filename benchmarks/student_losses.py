@@ -4,10 +4,11 @@
 
 Three seeds each; test accuracy in percent, mean and spread. Each loss is added to the cross entropy
 with one weight for both data sets; parts that learn (regressors, estimators, embeddings) are
-trained with the student. The teacher is trained once, with batch norm, dropout and pictures that
-are moved (and those of clothes mirrored), and kept in a folder; it runs once over the training
-images as they are, which is what all students see, and its outputs are looked up. Then the student
-with a hundredth of the labels: alone, and with soft targets for the same images or for all images.
+trained with the student, and the paraphraser of factor transfer takes longer than all others
+together. The teacher is trained once, with batch norm, dropout and pictures that are moved (and
+those of clothes mirrored), and kept in a folder; it runs once over the training images as they are,
+which is what all students see, and its outputs are looked up. Then the student with a hundredth of
+the labels: alone, and with soft targets for the same images or for all images.
 """
 
 from __future__ import annotations
@@ -419,19 +420,21 @@ def better(runs: dict[str, list[float]]) -> list[str]:
 def measure(
     epochs: dict[str, int], only: Any, seeds: Any, teacher: int, console: Console, out: Any
 ) -> dict[str, Any]:
-    """Accuracies by data set and loss; written after each, as it takes long."""
-    found: dict[str, Any] = {}
+    """Accuracies by data set and loss; written after each, as it takes long, and not run twice."""
+    found: dict[str, Any] = json.loads(out.read_text()) if out is not None and out.exists() else {}
     for name, long in epochs.items():
         data = taught(name, fetch(name), teacher)
         console.print(f"{name}: teacher {data.teacher_accuracy:.2f}")
-        by: dict[str, list[float]] = {}
-        found[name] = {"teacher": data.teacher_accuracy, "all": by}
+        by = found.setdefault(name, {"teacher": data.teacher_accuracy, "all": {}})["all"]
         for loss in only or FAMILIES:
+            if loss in by:
+                continue
             by[loss] = [student(loss, data, seed, long) for seed in seeds]
             console.print(f"{name}: {loss} {_cell(by[loss])}")
             if out is not None:
                 out.write_text(json.dumps(found, indent=1) + "\n")
-        found[name]["few"] = few_labels(data, seeds, max(1, long // 4))
+        if "few" not in found[name]:
+            found[name]["few"] = few_labels(data, seeds, max(1, long // 4))
         if out is not None:
             out.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -462,7 +465,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch")
     parser.add_argument("--data", nargs="*", choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--only", nargs="*", help="names of losses")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="goes on with what is there")
     args = parser.parse_args()
     console = Console()
     seeds, teacher = (SEEDS[:1], 1) if args.quick else (SEEDS, TEACHER_EPOCHS)
