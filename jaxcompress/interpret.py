@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress import compat
+from jaxcompress.arguments import apart
 from jaxcompress.arrays.base import is_compressed, materialize, try_rules
 from jaxcompress.errors import SpecError
 from jaxcompress.rules import default_axes, flatten, match
@@ -122,18 +123,16 @@ def walked(fn: F, control: Control) -> F:
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_compressed)
-        if not any(map(is_compressed, leaves)):
+        traced = lambda x: is_compressed(x) or compat.is_traceable(x)
+        arrays, full = apart((args, kwargs), traced, is_leaf=is_compressed)
+        if not any(map(is_compressed, arrays)):
             return fn(*args, **kwargs)
-        traced = [is_compressed(x) or compat.is_traceable(x) for x in leaves]
 
         def flat(*arrays: Any) -> Any:
-            it = iter(arrays)
-            full = [next(it) if t else x for t, x in zip(traced, leaves)]
-            args, kwargs = jax.tree.unflatten(tree, full)
+            args, kwargs = full(arrays)
             return fn(*args, **kwargs)
 
-        operands = [x if is_compressed(x) else jnp.asarray(x) for t, x in zip(traced, leaves) if t]
+        operands = [x if is_compressed(x) else jnp.asarray(x) for x in arrays]
         closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(*map(_dense_aval, operands))
         outs = evaluate(closed.jaxpr, closed.consts, operands, control)
         # A constant of the jaxpr is not yet a jax array.

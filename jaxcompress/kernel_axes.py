@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxcompress import compat
+from jaxcompress.arguments import apart
 from jaxcompress.arrays.base import materialize
 from jaxcompress.interpret import compressed
 from jaxcompress.probe import Listener, Probe, original
@@ -71,19 +71,16 @@ def kernel_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
       {'kernel': KernelAxes(input=(-1,), output=(-2,))}
     """
     record = _Record()
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    traced = [compat.is_traceable(x) or isinstance(x, jax.ShapeDtypeStruct) for x in leaves]
+    arrays, full = apart((args, kwargs))
     paths = [path for path, _ in flatten(params)[0]]
 
     def run(params: Any, arrays: list[Any]) -> Any:
-        it = iter(arrays)
-        full = [next(it) if t else x for t, x in zip(traced, leaves)]
-        args, kwargs = jax.tree.unflatten(structure, full)
+        args, kwargs = full(arrays)
         found, tree = flatten(params)
         probes = [Probe.of(materialize(leaf), path, record) for path, leaf in found]
         return compressed(fn)(jax.tree.unflatten(tree, probes), *args, **kwargs)
 
-    jax.eval_shape(run, params, [x for t, x in zip(traced, leaves) if t])
+    jax.eval_shape(run, params, arrays)
     out = {}
     for path in paths:
         found = record.contractions.get(path) or record.lookups.get(path)

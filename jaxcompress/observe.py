@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress import compat, input_stats
+from jaxcompress import input_stats
+from jaxcompress.arguments import join_batch, split_batch
 from jaxcompress.arrays.base import materialize
 from jaxcompress.errors import SpecError
 from jaxcompress.input_stats import InputStats, merge
@@ -166,10 +167,7 @@ class _Step:
         self._run = jax.jit(self._traced, static_argnums=3, donate_argnums=0)
 
     def __call__(self, sums: Any, params: Any, args: Any) -> Any:
-        leaves, tree = jax.tree.flatten(args)
-        traced = [compat.is_traceable(x) for x in leaves]
-        arrays = [x for x, t in zip(leaves, traced) if t]
-        static = (tree, tuple(None if t else (x,) for x, t in zip(leaves, traced)))
+        arrays, static = split_batch(args)
         signature = (static, tuple((x.shape, x.dtype) for x in arrays))
         if signature not in self.known:  # another trace, which may meet other weights
             self.known.add(signature)
@@ -183,9 +181,7 @@ class _Step:
         return {k: merge(x, found[k]) if k in found else x for k, x in sums.items()}, tallies
 
     def _observed(self, static: Any, params: Any, arrays: Any) -> dict[Key, Sums]:
-        tree, fixed = static
-        it = iter(arrays)
-        args = jax.tree.unflatten(tree, [next(it) if x is None else x[0] for x in fixed])
+        args = join_batch(arrays, static)
         leaves, structure = flatten(params)
         recorder = Recorder(
             self.names, {path: tuple(leaf.shape) for path, leaf in leaves if path in self.chosen}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress import compat
+from jaxcompress.arguments import apart
 from jaxcompress.distillation.held_modules import hold, unbound
 from jaxcompress.distillation.tags import Tag, tag_p, tagging
 from jaxcompress.errors import CompressError, RuleError
@@ -73,16 +74,13 @@ def tap(
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         held, args, kwargs = hold((*bound, *args), kwargs)
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        traced = [compat.is_traceable(x) for x in leaves]
+        arrays, full = apart((args, kwargs), compat.is_traceable)
 
         def flat(*arrays: Any) -> Any:
-            it = iter(arrays)
-            full = [next(it) if t else x for t, x in zip(traced, leaves)]
-            args, kwargs = jax.tree.unflatten(tree, full)
+            args, kwargs = full(arrays)
             return held.run(fn, args, kwargs)
 
-        operands = [jnp.asarray(x) for t, x in zip(traced, leaves) if t]
+        operands = list(map(jnp.asarray, arrays))
         with tagging() as depth:
             closed, shape = jax.make_jaxpr(flat, return_shape=True)(*operands)
         walk = _Taps(depth, closed.jaxpr, patterns)

@@ -120,11 +120,10 @@ def _chain(
     progress: bool,
 ) -> Iterator[DistilledRound]:
     teachers = () if teacher is None else (teacher,)
-    reading = True
     with progress_bar(progress, "training", len(students)) as advance:
         for number, (params, store) in enumerate(zip(students, stores)):
             told = ChainRound(number, number == len(students) - 1)
-            trained, reading = _trained(train, params, teachers, told, store, reading)
+            trained = _trained(train, params, teachers, told, store)
             teachers = (*teachers, trained)
             advance(f"student {number}")
             yield DistilledRound(number, trained)
@@ -183,11 +182,11 @@ def choose_teacher(
             "params": list(map(fingerprint, [student, *teachers])),
         }
         store = RoundsFolder(folder, settings, student)
-    best, scores, reading = -1, [], True
+    best, scores = -1, []
     with progress_bar(progress, "training", len(teachers)) as advance:
         for number, teacher in enumerate(teachers):
             told = ChainRound(number, number == len(teachers) - 1)
-            trained, reading = _trained(train, student, teacher, told, store, reading)
+            trained = _trained(train, student, teacher, told, store)
             scores.append(float(validate(trained)))
             if not math.isnan(scores[-1]) and (best < 0 or scores[-1] > scores[best]):
                 best, params = number, trained
@@ -210,18 +209,13 @@ def _trained(
     teacher: Any,
     told: ChainRound,
     store: RoundsFolder | None,
-    reading: bool,
-) -> tuple[Any, bool]:
-    """A student out of its folder, as long as all before it were there, or trained and kept.
-
-    Returns:
-      Its params, and whether they were there.
-    """
-    kept = store.read(told.number) if store is not None and reading else None
+) -> Any:
+    """The params of a student, out of its folder or trained and kept."""
+    kept = None if store is None else store.read(told.number)
     if kept is not None:
-        return kept[0], True
+        return kept[0]
     trained = checked(train(copied(params), teacher, told), params, told.number)
     if store is not None:
         nothing = jax.tree.map(lambda _: None, trained, is_leaf=is_compressed)
         store.write(told.number, trained, nothing, None)
-    return trained, False
+    return trained

@@ -178,11 +178,10 @@ def _rounds(
     store: RoundsFolder | None,
     progress: bool,
 ) -> Iterator[PrunedRound]:
-    point, last, reading = params, params, True
+    point, last = params, params
     with progress_bar(progress, "training", len(plan)) as advance:
         for now in plan:
-            kept = store.read(now.number) if store is not None and reading else None
-            reading = kept is not None
+            kept = None if store is None else store.read(now.number)
             if kept is not None:
                 trained, masks, early = kept
                 start = apply_masks(point if now.rewind == "weights" else last, masks)

@@ -155,12 +155,10 @@ def _rounds(
     store: RoundsFolder | None,
     progress: bool,
 ) -> Iterator[CompressedRound]:
-    reading = True
     nothing = jax.tree.map(lambda _: None, params)
     with progress_bar(progress, "training", len(plan)) as advance:
         for number, specs in enumerate(plan, 1):
-            kept = store.read(number) if store is not None and reading else None
-            reading = kept is not None
+            kept = None if store is None else store.read(number)
             if kept is not None:
                 params = kept[0]
             else:

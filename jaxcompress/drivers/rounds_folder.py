@@ -99,7 +99,11 @@ class RoundsFolder:
         )
 
     def write(self, number: int, params: Any, masks: Any, early: Any) -> None:
-        """Keeps a round, and deletes those behind it, which did not come of it."""
+        """Keeps a round, and deletes those behind it, which did not come of it.
+
+        So a run that goes through its rounds in order, and trains what `read` does not find, never
+        reads a round behind one that it trained.
+        """
         for path in self._files():
             if _number_of(path) > number:
                 path.unlink()

@@ -186,11 +186,10 @@ def _rounds(
     store: RoundsFolder | None,
     progress: bool,
 ) -> Iterator[ShrunkRound]:
-    score, small, reading = score or _magnitude, fn, True
+    score, small = score or _magnitude, fn
     with progress_bar(progress, "training", len(keeps)) as advance:
         for number, keep in enumerate(keeps):
-            kept = store.read(number) if store is not None and reading else None
-            reading = kept is not None
+            kept = None if store is None else store.read(number)
             if kept is not None:
                 params, state, text = kept[0]
                 total = Plan.from_json(text)

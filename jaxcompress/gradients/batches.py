@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxcompress import compat
+from jaxcompress.arguments import join_batch, split_batch
 from jaxcompress.errors import SpecError
 from jaxcompress.gradients.weights import Weights, float32
 
@@ -150,21 +151,6 @@ _STEPS = {
     )
     for traced in (False, True)
 }
-
-
-def split_batch(batch: Any) -> tuple[list[Any], Any]:
-    """The arrays of the arguments that a batch is, and what is static."""
-    leaves, tree = jax.tree.flatten(batch if isinstance(batch, tuple) else (batch,))
-    traced = [compat.is_traceable(x) for x in leaves]
-    arrays = [x for x, t in zip(leaves, traced) if t]
-    return arrays, (tree, tuple(None if t else (x,) for x, t in zip(leaves, traced)))
-
-
-def join_batch(arrays: list[Any], static: Any) -> tuple[Any, ...]:
-    """The arguments again."""
-    tree, fixed = static
-    it = iter(arrays)
-    return jax.tree.unflatten(tree, [next(it) if x is None else x[0] for x in fixed])
 
 
 def hashable(fn: Callable[..., Any]) -> Callable[..., Any]:

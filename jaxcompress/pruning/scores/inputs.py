@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.arguments import join_batch, split_batch
 from jaxcompress.errors import SpecError
-from jaxcompress.gradients.batches import hashable, join_batch, split_batch
+from jaxcompress.gradients.batches import hashable
 from jaxcompress.gradients.weights import Weights, float32
 from jaxcompress.observe import observe
 from jaxcompress.pruning.norms import input_norms

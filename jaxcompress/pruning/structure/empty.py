@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcompress.arguments import apart
 from jaxcompress.interpret import Control, walked
 from jaxcompress.probe import Labels, Listener, Probe, original
 from jaxcompress.pruning.structure.find import Groups, groups
-from jaxcompress.pruning.structure.function import is_array, leaves_of
+from jaxcompress.pruning.structure.function import leaves_of
 from jaxcompress.pruning.structure.members import Group, Member
 from jaxcompress.pruning.structure.plans import Plan, keep_channels
 from jaxcompress.rules import flatten
@@ -85,18 +86,15 @@ def _read_axes(
 ) -> set[tuple[str, int]]:
     """The axes of leaves that some contraction sums over."""
     reads = _Reads()
-    others, rest = jax.tree.flatten((args, kwargs))
-    traced = [is_array(x) for x in others]
+    arrays, full = apart((args, kwargs))
 
     def run(params: Any, arrays: list[Any]) -> Any:
-        it = iter(arrays)
-        full = [next(it) if t else x for t, x in zip(traced, others)]
-        args, kwargs = jax.tree.unflatten(rest, full)
+        args, kwargs = full(arrays)
         found, tree = flatten(params)
         probes = [Probe.of(leaf, path, reads) for path, leaf in found]
         return walked(fn, reads)(jax.tree.unflatten(tree, probes), *args, **kwargs)
 
-    jax.eval_shape(run, params, [x for t, x in zip(traced, others) if t])
+    jax.eval_shape(run, params, arrays)
     return reads.axes
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxcompress import compat
+from jaxcompress.arguments import apart, is_array
 from jaxcompress.arrays.base import is_compressed
 from jaxcompress.errors import CompressError
 from jaxcompress.pruning.structure.labels import Axis
@@ -35,11 +35,6 @@ class Labelled(NamedTuple):
     structure: Any
 
 
-def is_array(x: Any) -> bool:
-    """Whether this is an array, or says what one is like."""
-    return compat.is_traceable(x) or isinstance(x, jax.ShapeDtypeStruct)
-
-
 def leaves_of(params: Any) -> list[tuple[str, Any]]:
     """The leaves of params with their paths.
 
@@ -56,18 +51,6 @@ def leaves_of(params: Any) -> list[tuple[str, Any]]:
         if not is_array(leaf):
             raise CompressError(f"{path} is {leaf!r}, and params are arrays")
     return found
-
-
-def apart(args: Any, kwargs: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The arrays of arguments, and what puts others in their place: `(args, kwargs)` again."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    traced = [is_array(x) for x in leaves]
-
-    def full(arrays: Sequence[Any]) -> Any:
-        it = iter(arrays)
-        return jax.tree.unflatten(tree, [next(it) if t else x for t, x in zip(traced, leaves)])
-
-    return [x for t, x in zip(traced, leaves) if t], full
 
 
 def label(
@@ -92,7 +75,7 @@ def label(
     """
     leaves = leaves_of(params)
     tree = jax.tree.structure(params)
-    arrays, full = apart(args, kwargs)
+    arrays, full = apart((args, kwargs))
 
     def flat(leaves: list[Any], arrays: list[Any]) -> Any:
         args, kwargs = full(arrays)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxcompress import compat
+from jaxcompress.arguments import apart
 from jaxcompress.errors import SpecError
 from jaxcompress.pruning.checks import check_share
 from jaxcompress.pruning.structure.find import groups
@@ -194,14 +195,10 @@ class Clock:
         return float(np.median([mine / max(whole, 1e-9) for whole, mine in pairs]))
 
     def _compiled(self, fn: Callable[..., Any], params: Any) -> Callable[[], Any]:
-        leaves, rest = jax.tree.flatten(self.args)
-        traced = [compat.is_traceable(x) for x in leaves]
-        arrays = [x for x, t in zip(leaves, traced) if t]
+        arrays, full = apart(self.args, compat.is_traceable)
 
         def flat(params: Any, arrays: list[Any]) -> Any:
-            it = iter(arrays)
-            full = [next(it) if t else x for x, t in zip(leaves, traced)]
-            return fn(params, *jax.tree.unflatten(rest, full))
+            return fn(params, *full(arrays))
 
         compiled = jax.jit(flat).lower(params, arrays).compile()
         run = lambda: compiled(params, arrays)

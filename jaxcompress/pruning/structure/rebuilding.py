@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
+from jaxcompress.arguments import apart
 from jaxcompress.errors import CompressError
-from jaxcompress.pruning.structure.function import apart, leaves_of
+from jaxcompress.pruning.structure.function import leaves_of
 from jaxcompress.pruning.structure.plans import Plan
 from jaxcompress.pruning.structure.sameness import difference
 from jaxcompress.pruning.structure.shrinking import shrunk
@@ -154,7 +155,7 @@ def _kind(module: Any) -> Any:
 
 class _Linen:
     def shapes(self, module: Any, args: Any, kwargs: Any) -> Shapes:
-        arrays, full = apart(args, kwargs)
+        arrays, full = apart((args, kwargs))
 
         def init(key: Any, arrays: Any) -> Any:
             args, kwargs = full(arrays)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import compat
-from jaxcompress.pruning.structure.function import apart
+from jaxcompress.arguments import apart
 
 # Both functions do the same in the same order, but for what the compiler makes of them: a few
 # roundings of 6e-8. A divisor that differs by one in 8,192 shows at this bound; what computes in
@@ -37,7 +37,7 @@ def difference(
     """
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: _moved(x, rng), params)
-    arrays, full = apart(args, kwargs)
+    arrays, full = apart((args, kwargs))
     arrays = [_drawn(x, rng) for x in arrays]
 
     def called(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.arguments import apart
 from jaxcompress.errors import CompressError
 from jaxcompress.optimizer_state import owner
 from jaxcompress.pruning.structure.find import members_of
-from jaxcompress.pruning.structure.function import Labelled, is_array, label, leaves_of
+from jaxcompress.pruning.structure.function import Labelled, label, leaves_of
 from jaxcompress.pruning.structure.plans import LeafPlan, Plan
 
 
@@ -124,8 +125,7 @@ def shrunk(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         plan.check([(path, tuple(x.shape)) for path, x in leaves], whole=False)
         found = label(fn, params, [leaf.shape for leaf in plan.leaves], args, kwargs)
         settle(found, plan)
-        others = [x for x in jax.tree.leaves((args, kwargs)) if is_array(x)]
-        outs = found.run([*(x for _, x in leaves), *others])
+        outs = found.run([*(x for _, x in leaves), *apart((args, kwargs))[0]])
         return jax.tree.unflatten(found.structure, [jnp.asarray(x) for x in outs])
 
     return small

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.arguments import join_batch, split_batch
 from jaxcompress.compress import Stats
 from jaxcompress.errors import SpecError
-from jaxcompress.gradients.batches import hashable, join_batch, mean_over_batches, split_batch
+from jaxcompress.gradients.batches import hashable, mean_over_batches
 from jaxcompress.gradients.curvature import hessian_diagonal, squared_gradients
 from jaxcompress.gradients.weights import Weights
 from jaxcompress.input_stats import InputStats
