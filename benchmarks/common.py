@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Callable
@@ -38,6 +39,18 @@ def interleaved(
             if n >= warmup:
                 times[name].append((time.perf_counter() - start) / calls)
     return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def on_images(
+    runs: dict[str, Callable[[jax.Array], Any]], batch: int, quick: bool = False
+) -> dict[str, float]:
+    """The median seconds of forward passes of a batch of images in the size of MNIST."""
+    images = jax.random.uniform(jax.random.key(0), (batch, 784))
+    return interleaved(
+        {name: functools.partial(run, images) for name, run in runs.items()},
+        rounds=9 if quick else 41,
+        calls=10 if batch == 1 else 2,
+    )
 
 
 def row(

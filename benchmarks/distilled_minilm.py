@@ -9,6 +9,7 @@ are those of the student as it begins.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +31,20 @@ from self_distillation import TEACHER, Test
 from common import Row, interleaved, row, show  # isort: skip
 
 FOLDER, LENGTH = Path("out/distil-minilm"), 64
+
+
+def starts(params: Any, test: Test) -> list[Row]:
+    """The cosines of three layers as they are: those of the example, every other, and the best."""
+    found = {
+        layers: test.cosine(example.student_of(params, layers))
+        for layers in itertools.combinations(range(TEACHER.layers), example.STUDENT.layers)
+    }
+    best, every = max(found, key=found.__getitem__), jc.distillation.layer_map(3, 6)
+    return [
+        row(f"layers {layers} as they are: mean cosine", found[layers], f"the best, {best}",
+            found[best], unit="")
+        for layers in (example.LAYERS, every)
+    ]  # fmt: skip
 
 
 def times(params: Any, small: Any, batch: int, quick: bool) -> dict[str, float]:
@@ -56,9 +71,9 @@ def run(quick: bool = False, folders: list[Path] | None = None) -> list[Row]:
         return []
     files = [folder / "student.safetensors" for folder in folders or [FOLDER]]
     files = [file for file in files if file.is_file()]
-    trained, rows = [jc.load(file) for file in files], []
+    trained, test = [jc.load(file) for file in files], Test(params, example.STUDENT)
+    rows = [] if quick else starts(params, test)
     if trained:
-        test = Test(params, example.STUDENT)
         cosines = [test.cosine(student) for student in trained]
         spread = f" +- {stdev(cosines):.4f}" if len(cosines) > 1 else ""
         print(f"mean cosine {mean(cosines):.4f}{spread}: {cosines}", file=sys.stderr)

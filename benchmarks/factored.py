@@ -20,7 +20,7 @@ import jax
 
 import jaxcompress as jc
 
-from common import Row, interleaved, row, show  # isort: skip
+from common import Row, interleaved, on_images, row, show  # isort: skip
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import factorize
@@ -65,15 +65,8 @@ def forward(what: str, model: ResNet8, dense: Any, small: Any, quick: bool) -> l
     """Times of forward passes."""
     found, run = [], factorize.forward(model)
     for batch in BATCHES:
-        images = jax.random.uniform(jax.random.key(0), (batch, 784))
-        t = interleaved(
-            {
-                "dense": lambda images=images: run(dense, images),
-                "factored": lambda images=images: run(small, images),
-            },
-            rounds=9 if quick else 41,
-            calls=10 if batch == 1 else 2,
-        )
+        runs = {"dense": lambda x: run(dense, x), "factored": lambda x: run(small, x)}
+        t = on_images(runs, batch, quick)
         what_now = f"{what}: forward, batch {batch}"
         at_least = 1.5 if model.widths == WIDE else None
         found.append(row(what_now, t["factored"], "dense", t["dense"], at_least=at_least))

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxcompress import pruning
 
-from common import Row, interleaved, row, show  # isort: skip
+from common import Row, interleaved, on_images, row, show  # isort: skip
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import self_distillation
@@ -69,15 +69,8 @@ def resnet8(quick: bool) -> list[Row]:
     ]  # fmt: skip
     forward = jax.jit(model.apply)
     for batch in (1, 32):
-        images = jax.random.uniform(jax.random.key(0), (batch, 784))
-        t = interleaved(
-            {
-                "dense": lambda images=images: forward(dense, images),
-                "small": lambda images=images: small(variables, images),
-            },
-            rounds=9 if quick else 41,
-            calls=10 if batch == 1 else 2,
-        )
+        runs = {"dense": lambda x: forward(dense, x), "small": lambda x: small(variables, x)}
+        t = on_images(runs, batch, quick)
         found.append(
             row(f"{what}: forward, batch {batch}", t["small"], "dense", t["dense"], at_least=1.6)
         )

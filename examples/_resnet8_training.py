@@ -1,15 +1,20 @@
-"""How ResNet-8 is trained and tested, whatever its weights look like."""
+"""How ResNet-8 is trained, tested and shown, whatever its weights look like."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _mnist import Digits
+from _mnist import Digits, load
+from assets import AssetError, fetch
+from rich.console import Console
+from rich.table import Table
 
 import jaxcompress as jc
 
@@ -86,3 +91,38 @@ def accuracy(forward: Callable[..., Any], variables: Any, data: Digits) -> float
     """The share of the test images that are told apart correctly, in percent."""
     found = np.argmax(predict(forward, variables, data.test_images), axis=-1)
     return 100 * float(np.mean(found == data.test_labels))
+
+
+def parser(text: str, widths: tuple[int, ...], tuned: int, out: str) -> argparse.ArgumentParser:
+    """The options that its examples share, with their defaults."""
+    made = argparse.ArgumentParser(description=text.splitlines()[0])
+    made.add_argument("--data", type=Path, metavar="FOLDER", help="IDX files, as those of MNIST")
+    made.add_argument("--epochs", type=int, default=4, help="of the dense model")
+    made.add_argument("--tuned", type=int, default=tuned, help="epochs of what it becomes")
+    made.add_argument("--widths", type=int, nargs=3, default=widths, help="channels")
+    made.add_argument("--out", type=Path, default=Path(out))
+    return made
+
+
+def pictures(args: argparse.Namespace) -> Digits:
+    """Fashion-MNIST, or the files of a folder."""
+    try:
+        return load(args.data or fetch("fashion-mnist"))
+    except AssetError as error:
+        raise SystemExit(str(error)) from None
+
+
+def show(rows: list[dict[str, Any]], key: str, counted: str, console: Console) -> None:
+    """The table of models, with what is counted under a key; in brackets the share of the first."""
+    table = Table(title="ResNet-8 on Fashion-MNIST")
+    for name in ("model", "accuracy", counted, "on disk"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    first = rows[0]
+    for row in rows:
+        table.add_row(
+            row["model"],
+            f"{row['accuracy']:.2f}%",
+            f"{row[key] / 1e6:.2f} M ({row[key] / first[key]:.2f})",
+            f"{row['file_bytes']:,} ({row['file_bytes'] / first['file_bytes']:.2f})",
+        )
+    console.print(table)

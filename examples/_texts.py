@@ -38,7 +38,7 @@ def brown(length: int = 100) -> Text:
 
 def wikipedia(least: int = 20) -> Text:
     """Paragraphs of a hundred articles of Wikipedia of 2012, those of `least` words or more."""
-    (file,) = fetch("wikipedia").glob("enwiki*.bz2")
+    (file,) = fetch("similarity").glob("enwiki*.bz2")
     with bz2.open(file) as source:
         lines = (line for article in _articles(source) for line in _prose(article).splitlines())
         texts = [html.unescape(line).split() for line in lines if line[:1].isalpha()]

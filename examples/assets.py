@@ -76,7 +76,8 @@ ASSETS = {
         ),
     ),
     # The Lee documents with human similarities (Lee, Pincombe and Welsh, 2005) and WordSim-353
-    # (Finkelstein et al., 2002).
+    # (Finkelstein et al., 2002); a hundred articles of Wikipedia of 2012 (by its authors, CC BY-SA
+    # 3.0).
     "similarity": Asset(
         "gensim==4.4.0",
         "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
@@ -87,16 +88,8 @@ ASSETS = {
             "gensim/test/test_data/similarities0-1.txt",
             "gensim/test/test_data/wordsim353.tsv",
             "gensim/test/test_data/simlex999.txt",
-            "gensim-4.4.0.dist-info/licenses/COPYING",
-        ),
-    ),
-    # A hundred articles of Wikipedia of 2012, by its authors, CC BY-SA 3.0.
-    "wikipedia": Asset(
-        "gensim==4.4.0",
-        "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
-        28,
-        (
             "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+            "gensim-4.4.0.dist-info/licenses/COPYING",
         ),
     ),
     # 5,000 of the handwritten digits of MNIST (LeCun et al., 1998), 500 of each.

@@ -17,7 +17,6 @@ References:
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +26,9 @@ import _resnet8_training
 import jax
 import jax.numpy as jnp
 import optax
-from _mnist import Digits, load
+from _mnist import Digits
 from _resnet8 import ResNet8
-from assets import AssetError, fetch
 from rich.console import Console
-from rich.table import Table
 
 import jaxcompress as jc
 
@@ -108,39 +105,16 @@ def compare(
     return rows, dense, small
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """The table."""
-    table = Table(title="ResNet-8 on Fashion-MNIST")
-    for name in ("model", "accuracy", "operations", "on disk"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for row in rows:
-        table.add_row(
-            row["model"],
-            f"{row['accuracy']:.2f}%",
-            f"{row['flops'] / 1e6:.2f} M ({row['flops'] / rows[0]['flops']:.2f})",
-            f"{row['file_bytes']:,}",
-        )
-    console.print(table)
-
-
 def main() -> None:
     """Trains, factors, trains the factors, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="IDX files, as those of MNIST")
-    parser.add_argument("--epochs", type=int, default=4, help="of the dense model")
-    parser.add_argument("--tuned", type=int, default=2, help="epochs of the factors")
+    parser = _resnet8_training.parser(__doc__, ResNet8.widths, 2, "out/factorize")
     parser.add_argument("--form", choices=FORMS, default="tucker")
-    parser.add_argument("--widths", type=int, nargs=3, default=ResNet8.widths, help="channels")
     parser.add_argument("--share", type=float, default=SHARE, help="of the channels, as ranks")
-    parser.add_argument("--out", type=Path, default=Path("out/factorize"))
     args = parser.parse_args()
-    try:
-        data = load(args.data or fetch("fashion-mnist"))
-    except AssetError as error:
-        raise SystemExit(str(error)) from None
+    data = _resnet8_training.pictures(args)
     given = {name: getattr(args, name) for name in ("epochs", "tuned", "form", "share")}
     rows, *_ = compare(ResNet8(tuple(args.widths)), data, args.out, **given)
-    show(rows, Console())
+    _resnet8_training.show(rows, "flops", "operations", Console())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ References:
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
 from collections.abc import Callable
@@ -29,11 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _mnist import Digits, load
+from _mnist import Digits
 from _resnet8 import ResNet8
-from assets import AssetError, fetch
 from rich.console import Console
-from rich.table import Table
 
 import jaxcompress as jc
 from jaxcompress import pruning
@@ -192,40 +189,16 @@ def compare(
     return rows, dense
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """The table."""
-    table = Table(title="ResNet-8 on Fashion-MNIST")
-    for name in ("model", "accuracy", "multiplications", "on disk"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    shares = lambda key: [row[key] / rows[0][key] for row in rows]
-    for row, count, size in zip(rows, shares("multiplications"), shares("file_bytes")):
-        table.add_row(
-            row["model"],
-            f"{row['accuracy']:.2f}%",
-            f"{row['multiplications'] / 1e6:.2f} M ({count:.2f})",
-            f"{row['file_bytes']:,} ({size:.2f})",
-        )
-    console.print(table)
-
-
 def main() -> None:
     """Trains, removes, trains what is left, loads it, and prints what it costs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="IDX files, as those of MNIST")
-    parser.add_argument("--epochs", type=int, default=4, help="of the dense model")
-    parser.add_argument("--tuned", type=int, default=3, help="epochs of what is left")
-    parser.add_argument("--widths", type=int, nargs=3, default=WIDTHS, help="channels")
+    parser = training.parser(__doc__, WIDTHS, 3, "out/shrink_resnet8")
     parser.add_argument("--keep", type=float, default=KEEP, help="share of the multiplications")
     parser.add_argument("--round-to", type=int, default=ROUND_TO, help="multiples of channels")
     parser.add_argument("--score", choices=("taylor", "magnitude"), default="taylor")
     parser.add_argument("--no-teacher", action="store_true", help="learn from the labels alone")
     parser.add_argument("--quick", action="store_true", help="one epoch each, of 5,000 images")
-    parser.add_argument("--out", type=Path, default=Path("out/shrink_resnet8"))
     args = parser.parse_args()
-    try:
-        data = load(args.data or fetch("fashion-mnist"))
-    except AssetError as error:
-        raise SystemExit(str(error)) from None
+    data = training.pictures(args)
     model, console = ResNet8(tuple(args.widths)), Console()
     names = ("epochs", "tuned", "keep", "score", "round_to")
     given = {name: getattr(args, name) for name in names}
@@ -235,7 +208,7 @@ def main() -> None:
         )
         given |= {"epochs": 1, "tuned": 1}
     rows, dense = compare(model, data, args.out, taught=not args.no_teacher, **given)
-    show(rows, console)
+    training.show(rows, "multiplications", "multiplications", console)
 
     small, variables, plan = restore(args.out / "tuned.safetensors", model)
     forward, images = jax.jit(model.apply), data.test_images[:32]
