@@ -18,7 +18,7 @@ from jaxcompress.pruning.structure.find import Groups, groups
 from jaxcompress.pruning.structure.function import leaves_of
 from jaxcompress.pruning.structure.members import Group
 from jaxcompress.pruning.structure.planning import plan
-from jaxcompress.pruning.structure.plans import LeafPlan, Plan
+from jaxcompress.pruning.structure.plans import LeafPlan, Plan, keep_channels
 from jaxcompress.pruning.structure.shrinking import shrink_params, shrink_state, shrunk
 
 Keep = float | Mapping[str, float]
@@ -149,7 +149,7 @@ def iterative_shrinking(
     options: dict[str, Any] = {
         "budget": budget, "allocation": allocation, "round_to": round_to, "only": only,
     }  # fmt: skip
-    whole = _whole(params)
+    whole = keep_channels(found, {})
     ones = jax.tree.map(lambda x: np.broadcast_to(np.float32(1), x.shape), params)
     for keep in keeps:  # refuses what does not fit before training
         plan(found, ones, keep, **options)
@@ -225,12 +225,6 @@ def _trained(
 
 def _magnitude(fn: Callable[..., Any], params: Any, now: ShrinkRound) -> Any:
     return jax.tree.map(lambda x: jnp.abs(x) if x.ndim > 1 else jnp.zeros_like(x), params)
-
-
-def _whole(params: Any) -> Plan:
-    """The plan that removes nothing."""
-    leaves = leaves_of(params)
-    return Plan(tuple(LeafPlan(path, tuple(x.shape), (None,) * len(x.shape)) for path, x in leaves))
 
 
 def _chosen(

@@ -215,7 +215,11 @@ def shrink_state(state: Any, params: Any, plan: Plan) -> Any:
     plan.check([(path, tuple(x.shape)) for path, x in leaves], whole=True)
     paths = [tuple(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     parts, structure = jax.tree_util.tree_flatten_with_path(state)
-    smaller = {(path[-1:], leaf.shape) for path, leaf in zip(paths, plan.leaves) if any(leaf.kept)}
+    smaller = {
+        (path[-1:], leaf.shape)
+        for path, leaf in zip(paths, plan.leaves)
+        if leaf.small != leaf.shape
+    }
     out = []
     for path, x in parts:
         place = owner(tuple(path), paths)
@@ -226,7 +230,7 @@ def shrink_state(state: Any, params: Any, plan: Plan) -> Any:
                 "smaller leaf, and lies elsewhere than in the params; give the params that the "
                 'optimizer was given, and their plan, such as plan.under("params")'
             )
-        if leaf is None or all(kept is None for kept in leaf.kept) or np.size(x) <= 1:
+        if leaf is None or leaf.small == leaf.shape or np.size(x) <= 1:
             out.append(x)
         elif tuple(x.shape) == leaf.shape:
             out.append(taken(x, leaf))

@@ -140,7 +140,7 @@ def smaller_leaves(
     made: dict[Any, LazyArray] = {}
     out = []
     for (path, leaf), own in zip(leaves, plan.leaves):
-        if all(kept is None for kept in own.kept):
+        if own.small == own.shape:
             out.append((path, leaf))
             continue
         if is_compressed(leaf):
