@@ -50,6 +50,15 @@ def test_the_rules_see_what_is_left():
     assert traced["a"].shape == small["a"].shape == (3, 4)
 
 
+def test_scores_by_name():
+    """Of channels (3, 0) and (2, 2) the second has the larger sum, the first the larger squares."""
+    params = {"up": jnp.array([[3.0, 2.0], [0.0, 2.0]]), "down": jnp.zeros((2, 1))}
+    found = groups(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, jnp.ones((1, 2)))
+    kept = lambda score: Shrink(0.5, round_to=1, score=score).plan(found, params).leaves[1].kept
+    assert kept("magnitude") == (None, (1,))
+    assert kept("squares") == (None, (0,))
+
+
 def test_the_stage_is_never_left_out_silently():
     params, found = small_mlp()
     recipe = jc.Recipe.from_yaml(YAML)
