@@ -27,12 +27,14 @@ class TopLogits:
       indices: their classes, `[..., k]`, in the smallest unsigned integers that hold them.
       rest: the logarithm of the sum of all other probabilities, `[...]`.
       temperature: at which they were softened.
+      classes: how many there are.
     """
 
     values: jax.Array
     indices: jax.Array
     rest: jax.Array
     temperature: float = dataclasses.field(metadata={"static": True})
+    classes: int = dataclasses.field(metadata={"static": True})
 
 
 def top_k_logits(
@@ -71,8 +73,9 @@ def top_k_logits(
     values, indices = jax.lax.top_k(logs, k)
     rest = log_sum(logs, -1, ~_chosen(indices, logs.shape))
     bits = next(b for b in (8, 16, 32) if logits.shape[-1] <= 2**b)
+    indices = indices.astype(f"uint{bits}")
     return TopLogits(
-        values.astype(dtype), indices.astype(f"uint{bits}"), rest.astype(dtype), float(temperature)
+        values.astype(dtype), indices, rest.astype(dtype), float(temperature), logits.shape[-1]
     )
 
 
@@ -98,7 +101,8 @@ def top_k_soft_targets(student: jax.Array, teacher: TopLogits) -> jax.Array:
       One float32 value per example, `[...]`.
 
     Raises:
-      CompressError: if the examples are not as many.
+      CompressError: if the examples are not as many, or the classes fewer than the teacher's. More
+        of them, as in a padded vocabulary, belong to the rest.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -110,6 +114,11 @@ def top_k_soft_targets(student: jax.Array, teacher: TopLogits) -> jax.Array:
         raise CompressError(
             f"student logits {student.shape} and {teacher.rest.shape} stored examples of a teacher "
             "differ in shape"
+        )
+    if student.shape[-1] < teacher.classes:
+        raise CompressError(
+            f"the student has {student.shape[-1]} classes and the stored teacher "
+            f"{teacher.classes}: store the logits of the student's classes alone"
         )
     q = log_p(student, positive("temperature", teacher.temperature, 2.0))
     indices = teacher.indices.astype(jnp.int32)

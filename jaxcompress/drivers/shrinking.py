@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.drivers.rounds_folder import RoundsFolder, fingerprint, name_of
@@ -20,6 +19,7 @@ from jaxcompress.pruning.structure.members import Group
 from jaxcompress.pruning.structure.planning import plan
 from jaxcompress.pruning.structure.plans import LeafPlan, Plan, keep_channels
 from jaxcompress.pruning.structure.shrinking import shrink_params, shrink_state, shrunk
+from jaxcompress.pruning.structure.stage import kernel_scores
 
 Keep = float | Mapping[str, float]
 
@@ -186,7 +186,7 @@ def _rounds(
     store: RoundsFolder | None,
     progress: bool,
 ) -> Iterator[ShrunkRound]:
-    score, small = score or _magnitude, fn
+    score, small = score or (lambda fn, params, now: kernel_scores(params)), fn
     with progress_bar(progress, "training", len(keeps)) as advance:
         for number, keep in enumerate(keeps):
             kept = None if store is None else store.read(number)
@@ -221,10 +221,6 @@ def _trained(
             "the state of the optimizer, (params, state)"
         )
     return checked(found[0], params, now.number), checked(found[1], state, now.number)
-
-
-def _magnitude(fn: Callable[..., Any], params: Any, now: ShrinkRound) -> Any:
-    return jax.tree.map(lambda x: jnp.abs(x) if x.ndim > 1 else jnp.zeros_like(x), params)
 
 
 def _chosen(

@@ -70,7 +70,8 @@ def cache_teacher(
     Raises:
       FileError: for a folder with outputs of another teacher, dataset or sizes. Another version of
         jax may trace a teacher to another program; what is finished, `TeacherCache` opens anyhow.
-      SpecError: for no examples, outputs that are not one for each example, or sizes below 1.
+      SpecError: for no examples, outputs that are not one for each example, two of one path, random
+        keys, or sizes below 1.
 
     References:
       Hinton, Vinyals and Dean, *Distilling the Knowledge in a Neural Network*, 2015 (targets that
@@ -254,8 +255,16 @@ def _cast(outputs: Any, dtype: Any) -> Any:
 
 def _named(tree: Any) -> dict[str, Any]:
     """The arrays of a tree by path, those within compressed leaves as well."""
-    found = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {path_str(path) or "output": x for path, x in found}
+    named: dict[str, Any] = {}
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = path_str(path) or "output"
+        if name in named:
+            raise SpecError(f"two outputs of the teacher are called {name!r}: rename one")
+        dtype = getattr(x, "dtype", None)  # of `like`, a leaf may be anything
+        if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            raise SpecError(f"the output {name!r} is a random key: return its jax.random.key_data")
+        named[name] = x
+    return named
 
 
 def _outputs(

@@ -126,3 +126,20 @@ def test_bad_input():
         top_k_logits(logits(0), 2, temperature=0.0)
     with pytest.raises(jc.CompressError, match=r"\(5, 10\) and \(6,\) stored examples"):
         top_k_soft_targets(logits(0)[:5], top_k_logits(logits(1), 2))
+    with pytest.raises(jc.CompressError, match="student has 8 classes and the stored teacher 10"):
+        jax.jit(top_k_soft_targets)(logits(0)[:, :8], top_k_logits(logits(1), 2))
+
+
+def test_classes_that_the_student_has_alone_are_of_the_rest():
+    student, top = logits(0), top_k_logits(logits(1), 3)
+    more = jnp.concatenate([student, jnp.full((6, 2), -jnp.inf)], axis=-1)
+    np.testing.assert_allclose(
+        top_k_soft_targets(more, top), top_k_soft_targets(student, top), rtol=1e-6
+    )
+    full = jnp.concatenate([student, student[:, :2]], axis=-1)
+    q = jax.nn.log_softmax(full)
+    q_top = jnp.take_along_axis(q, top.indices.astype(int), axis=-1)
+    q_rest = np.log1p(-np.exp(np.asarray(q_top, np.float64)).sum(-1))
+    p_top, p_rest = np.exp(np.asarray(top.values)), np.exp(np.asarray(top.rest))
+    expected = (p_top * (top.values - q_top)).sum(-1) + p_rest * (top.rest - q_rest)
+    np.testing.assert_allclose(top_k_soft_targets(full, top), expected, rtol=1e-4, atol=1e-6)

@@ -162,6 +162,13 @@ def test_one_trace_and_bad_arguments(tmp_path):
         (fn, (X, X[:3]), {}, "write arrays"),
         (fn, X, {"examples": 4}, "the inputs have 23"),
         (lambda p, x: x.sum(), X, {}, "one entry for each example"),
+        (
+            lambda p, x: {"a/b": x, "a": {"b": x}},
+            X,
+            {},
+            "two outputs of the teacher are called 'a/b'",
+        ),
+        (lambda p, x: jax.random.split(jax.random.key(0), len(x)), X, {}, "is a random key"),
     ]:
         with pytest.raises(jc.SpecError, match=message):
             cache_teacher(run, PARAMS, inputs, tmp_path / "b", **options)

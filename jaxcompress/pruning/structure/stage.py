@@ -101,21 +101,35 @@ class Shrink:
           CompressError: for params or scores that the groups are not of.
         """
         if scores is None:
-            leaves, structure = flatten(params)
-            scores = jax.tree.unflatten(structure, [self._scored(*each) for each in leaves])
+            scores = kernel_scores(params, self.score)
         keep = dict(self.keep) if isinstance(self.keep, tuple) else self.keep
         return plan(
             groups, scores, keep, budget=self.budget, allocation=self.allocation,
             round_to=self.round_to,
         )  # fmt: skip
 
-    def _scored(self, path: str, leaf: Any) -> np.ndarray:
+
+def kernel_scores(params: Any, name: str = "magnitude") -> Any:
+    """Scores by name of the leaves of two axes or more, in float32; zeros for all others.
+
+    Args:
+      params: dense; lazy leaves are read one by one.
+      name: `magnitude` or `squares`.
+
+    Raises:
+      CompressError: for a compressed leaf.
+    """
+
+    def scored(path: str, leaf: Any) -> np.ndarray:
         if is_compressed(leaf):
             raise CompressError(f"{path} is a {type(leaf).__name__}: plan with the dense params")
         x = leaf.load() if isinstance(leaf, LazyArray) else leaf
         if np.ndim(x) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
             return np.zeros(np.shape(x), np.float32)
-        return _SCORES[self.score](np.asarray(x).astype(np.float32))
+        return _SCORES[name](np.asarray(x).astype(np.float32))
+
+    leaves, structure = flatten(params)
+    return jax.tree.unflatten(structure, [scored(*each) for each in leaves])
 
 
 def smaller_leaves(
