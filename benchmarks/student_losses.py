@@ -4,11 +4,12 @@
 
 Three seeds each; test accuracy in percent, mean and spread. Each loss is added to the cross entropy
 with one weight for both data sets; parts that learn (regressors, estimators, embeddings) are
-trained with the student, and the paraphraser of factor transfer takes longer than all others
-together. The teacher is trained once, with batch norm, dropout and pictures that are moved (and
-those of clothes mirrored), and kept in a folder; it runs once over the training images as they are,
-which is what all students see, and its outputs are looked up. Then the student with a hundredth of
-the labels: alone, and with soft targets for the same images or for all images.
+trained with the student. The memory of CRD, the paraphraser of factor transfer and the triples of
+the RKD angle take longer than all others together. The teacher is trained once, with batch norm,
+dropout and pictures that are moved (and those of clothes mirrored), and kept in a folder; it runs
+once over the training images as they are, which is what all students see, and its outputs are
+looked up. Then the student with a hundredth of the labels: alone, and with soft targets for the
+same images or for all images.
 """
 
 from __future__ import annotations
