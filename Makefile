@@ -65,4 +65,4 @@ docs: $(BIN)/.docs
 	$(BIN)/mkdocs build --strict --site-dir build/site
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +12,17 @@ import pytest
 # The first example compiles; how long that takes is no property of the code.
 hypothesis.settings.register_profile("jaxcompress", deadline=None)
 hypothesis.settings.load_profile("jaxcompress")
+
+# Tests compile ten thousands of small programs, the same ones each time: each is compiled once, and
+# read from a folder by other workers, later runs, and processes that tests start.
+_KEPT = {
+    "jax_compilation_cache_dir": str(Path(__file__).parent / ".cache" / "jax"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for _name, _value in _KEPT.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
 
 _MAPS = Path("/proc/self/maps")
 # Linux allows a process 65,530 mappings, and each compiled program takes a few: beyond that, XLA
