@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcompress.distillation.tags import listening
 from jaxcompress.errors import CompressError
 
 
@@ -104,7 +106,8 @@ def stored_moments(batch_stats: Mapping[str, Any]) -> dict[str, Moments]:
     """The statistics that batch norms have stored, by the path of each.
 
     Args:
-      batch_stats: the collection of a Flax model, with `mean` and `var` of each norm.
+      batch_stats: the collection of a Linen model, or the state of an NNX model, with `mean` and
+        `var` of each norm.
 
     Raises:
       CompressError: for a collection without any.
@@ -122,27 +125,35 @@ def stored_moments(batch_stats: Mapping[str, Any]) -> dict[str, Moments]:
             if {"mean", "var"} <= tree.keys():
                 found["/".join(path)] = Moments(tree["mean"], tree["var"])
             for name, below in tree.items():
-                look(below, (*path, name))
+                look(below, (*path, str(name)))
 
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(batch_stats, nnx.State):
+        batch_stats = nnx.to_pure_dict(batch_stats)
     look(batch_stats, ())
     if not found:
-        raise CompressError("no mean and var in the collection: give variables['batch_stats']")
+        raise CompressError(
+            "no mean and var in the collection: give variables['batch_stats'], or of NNX "
+            "nnx.state(model)"
+        )
     return found
 
 
-def with_norm_moments(apply: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Moments]]]:
-    """A Linen model that also gives the moments of what goes into its batch norms.
+def with_norm_moments(fn: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Moments]]]:
+    """A Flax model that also gives the moments of what goes into its batch norms.
 
-    The model is not changed. Norms inside lifted transformations (`nn.scan`, `nn.remat`) are not
-    for this function, since their inputs do not leave those.
+    The model is not changed. Norms inside lifted transformations (`scan`, `remat`, `jit` of Flax)
+    are not for this function, since their inputs do not leave those.
 
     Args:
-      apply: a module's `apply`, or a function that calls it; not one that is compiled already.
+      fn: a Linen module's `apply`, an NNX module or its method, or a function that calls modules;
+        not one that is compiled already.
 
     Returns:
-      A function of the same arguments, of `(output, moments)`, by the path of each norm; of a norm
-      that runs several times, over all its inputs. It compiles, and has a gradient in the inputs;
-      around it goes `jaxcompress.compressed`.
+      A function of the same arguments, of `(output, moments)`, by the path of each norm, which in
+      NNX begins at the outermost module that is called; of a norm that runs several times, over all
+      its inputs. It compiles, and has a gradient in the inputs; around it goes
+      `jaxcompress.compressed`, or a `tap`.
 
     References:
       As `batch_norm_loss`.
@@ -157,20 +168,22 @@ def with_norm_moments(apply: Callable[..., Any]) -> Callable[..., tuple[Any, dic
     """
 
     def run(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Moments]]:
-        import flax.linen as nn
-
         inputs: dict[str, list[jax.Array]] = {}
 
-        def listen(call: Any, given: Any, named: Any, context: Any) -> Any:
-            if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-                x = given[0] if given else named["x"]
-                x = jnp.moveaxis(x, context.module.axis, -1)
-                rows = x.reshape(-1, x.shape[-1])
-                inputs.setdefault("/".join(context.module.path), []).append(rows)
-            return call(*given, **named)
+        def listen(module: Any, path: str, given: Any, named: Any) -> None:
+            if isinstance(module, norms):
+                x = jnp.moveaxis(given[0] if given else named["x"], module.axis, -1)
+                inputs.setdefault(path, []).append(x.reshape(-1, x.shape[-1]))
 
-        with nn.intercept_methods(listen):
-            output = apply(*args, **kwargs)
+        norms = _batch_norms()
+        with listening(listen):
+            output = fn(*args, **kwargs)
         return output, {path: moments(jnp.concatenate(rows)) for path, rows in inputs.items()}
 
     return run
+
+
+def _batch_norms() -> Any:
+    """A tuple of the classes that are imported already: no model is of another."""
+    places = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx"))
+    return tuple(place.BatchNorm for place in places if place is not None)

@@ -1,5 +1,7 @@
 """Names for what the modules of Flax return, put into the jaxpr while a function is traced.
 
+Who wants what they are given instead hears of their calls (`listening`).
+
 A tag is an equation that returns what it is given. It goes where the value goes: into the body of
 a `scan`, through `vmap` and `grad`. So whoever walks the jaxpr finds it (see `taps.py`), and no
 value leaves the trace that it belongs to.
@@ -12,7 +14,7 @@ import dataclasses
 import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,11 +50,15 @@ class Tag:
         return jax.tree.unflatten(self.structure, leaves)
 
 
+Listener = Callable[[Any, str, Sequence[Any], Mapping[str, Any]], None]
+
+
 class _State(threading.local):
-    """What is traced in this thread: the methods that run, outermost first, and the taps."""
+    """What is traced in this thread: the methods that run, outermost first, and who asks."""
 
     def __init__(self) -> None:
         self.depth = 0
+        self.listeners: list[Listener] = []
         self.running: list[tuple[int, str]] = []
         self.modules = 0
 
@@ -65,16 +71,44 @@ _traced = jax.make_user_context(0)
 @contextlib.contextmanager
 def tagging() -> Iterator[int]:
     """Tags what the modules that run within return; yields the depth of the tags."""
-    _state.depth += 1
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_traced(_state.depth))
-            if _state.depth == 1:
-                stack.enter_context(_linen())
-                stack.enter_context(_nnx())
-            yield _state.depth
-    finally:
-        _state.depth -= 1
+    with _around_modules():
+        _state.depth += 1
+        try:
+            with _traced(_state.depth):
+                yield _state.depth
+        finally:
+            _state.depth -= 1
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Calls `listener(module, path, args, kwargs)` before each `__call__` of a module within."""
+    with _around_modules():
+        _state.listeners.append(listener)
+        try:
+            yield
+        finally:
+            _state.listeners.pop()
+
+
+@contextlib.contextmanager
+def _around_modules() -> Iterator[None]:
+    """Our code around the methods of modules, once."""
+    if _asked():
+        yield
+    else:
+        with _linen(), _nnx():
+            yield
+
+
+def _asked() -> bool:
+    return bool(_state.depth or _state.listeners)
+
+
+def _tell(module: Any, path: Any, method: str, args: Sequence[Any], kwargs: Any) -> None:
+    if method == "__call__":
+        for listener in _state.listeners:
+            listener(module, "/".join(map(str, path)), args, kwargs)
 
 
 def _tagged(name: str, value: Any) -> Any:
@@ -125,6 +159,8 @@ def _linen() -> Iterator[None]:
     def interceptor(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         with _running(module, name) as own:
+            if own and module.scope is not None:
+                _tell(module, module.path, name, args, kwargs)
             out = method(*args, **kwargs)
         if not own or module.scope is None or not _seen(name):
             return out
@@ -165,11 +201,13 @@ def _subclasses(cls: type) -> set[type]:
 def _wrapped(name: str, method: Any) -> Any:
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _state.depth:  # another thread
+        if not _asked():  # another thread
             return method(self, *args, **kwargs)
         with _placed(self), _running(self, name) as own:
-            out = method(self, *args, **kwargs)
             path = vars(self).get(_PATH, (type(self).__name__,))
+            if own:
+                _tell(self, path, name, args, kwargs)
+            out = method(self, *args, **kwargs)
         return _tagged(_named(path, name), out) if own else out
 
     return wrapper

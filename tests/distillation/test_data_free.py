@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxcompress as jc
 from jaxcompress.distillation.batch_norms import (
@@ -16,6 +17,7 @@ from jaxcompress.distillation.batch_norms import (
     with_norm_moments,
 )
 from jaxcompress.distillation.inversion import competition, invert, jitter, total_variation
+from jaxcompress.distillation.taps import tap
 
 
 def normal(seed, shape):
@@ -106,6 +108,44 @@ def test_what_goes_into_the_norms_of_a_linen_model():
     apply = with_norm_moments(lambda v, x: One().apply(v, x, mutable=["batch_stats"]))
     (_, updated), seen = apply(variables, x)
     stored = stored_moments(updated["batch_stats"])
+    assert float(batch_norm_loss(seen, stored)) < 1e-5
+
+
+class Pair(nnx.Module):
+    """A norm within a module, and one in a list; one has its channels in front."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs))
+        self.norms = nnx.List([nnx.BatchNorm(4, axis=1, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.norms[0](nnx.relu(self.first(x)))
+
+
+def test_what_goes_into_the_norms_of_an_nnx_model():
+    model, x = Pair(nnx.Rngs(0)), normal(9, (6, 4, 2)) + 1
+    model.eval()
+    graph, state = nnx.split(model)
+    hidden = x @ model.first.layers[0].kernel[...] + model.first.layers[0].bias[...]
+    after = jnp.maximum(hidden / np.sqrt(1 + 1e-5), 0)
+    wanted = {"first/layers/1": moments(hidden), "norms/0": moments(after, axis=1)}
+    merged = jax.jit(with_norm_moments(lambda state, x: nnx.merge(graph, state)(x)))
+    for out, seen in (with_norm_moments(model)(x), merged(state, x)):
+        np.testing.assert_allclose(out, model(x), rtol=1e-5, atol=1e-6)
+        assert seen.keys() == wanted.keys() == stored_moments(state).keys()
+        for name in wanted:
+            for a, b in zip(seen[name], wanted[name]):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    # It may be tapped as well, and leaves the class as it was.
+    (_, seen), found = tap(with_norm_moments(model), "first")(x)
+    assert seen.keys() == wanted.keys()
+    np.testing.assert_allclose(found["first"], hidden / np.sqrt(1 + 1e-5), rtol=1e-5, atol=1e-6)
+    assert "wrapper" not in nnx.BatchNorm.__call__.__qualname__
+
+    # What it stores in training, where all the momentum is the new batch's.
+    norm = nnx.BatchNorm(2, momentum=0.0, rngs=nnx.Rngs(0))
+    _, seen = with_norm_moments(norm)(x)
+    stored = stored_moments(nnx.state(norm, nnx.BatchStat))
     assert float(batch_norm_loss(seen, stored)) < 1e-5
 
 
