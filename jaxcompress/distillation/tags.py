@@ -1,10 +1,9 @@
 """Names for what the modules of Flax return, put into the jaxpr while a function is traced.
 
-Who wants what they are given instead hears of their calls (`listening`).
-
 A tag is an equation that returns what it is given. It goes where the value goes: into the body of
 a `scan`, through `vmap` and `grad`. So whoever walks the jaxpr finds it (see `taps.py`), and no
-value leaves the trace that it belongs to.
+value leaves the trace that it belongs to. Whoever wants what modules are given hears of their calls
+instead (`listening`).
 """
 
 from __future__ import annotations
