@@ -13,7 +13,7 @@ import pytest
 hypothesis.settings.register_profile("jaxcompress", deadline=None)
 hypothesis.settings.load_profile("jaxcompress")
 
-# Tests compile ten thousands of small programs, the same ones each time: each is compiled once, and
+# Tests compile thousands of small programs, the same ones each time: each is compiled once, and
 # read from a folder by other workers, later runs, and processes that tests start.
 _KEPT = {
     "jax_compilation_cache_dir": str(Path(__file__).parent / ".cache" / "jax"),
