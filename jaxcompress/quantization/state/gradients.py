@@ -11,6 +11,7 @@ import optax
 from jaxcompress import compat
 from jaxcompress.arrays.dynamic import block_shares
 from jaxcompress.errors import SpecError
+from jaxcompress.numerics import divide
 from jaxcompress.quantization.state.blockwise import block_axis, is_floating, round_with
 from jaxcompress.specs import is_count
 
@@ -79,7 +80,7 @@ def quantize_gradients(
         x = g.astype(jnp.float32)
         if per == "tensor" or x.ndim == 0:
             largest = jnp.max(jnp.abs(x))
-            share = x / jnp.where(largest == 0, 1, largest)
+            share = divide(x, jnp.where(largest == 0, 1, largest))
         else:
             axis = block_axis(x.shape, block_size)
             size = min(block_size, x.shape[axis])
@@ -87,7 +88,7 @@ def quantize_gradients(
             largest = jnp.repeat(largest, size, axis=axis)
             largest = jax.lax.slice_in_dim(largest, 0, x.shape[axis], axis=x.ndim + axis)
         # Whole levels are divided first: the largest comes out as it went in.
-        return (largest * (round_with(share * levels, key) / levels)).astype(g.dtype)
+        return (largest * divide(round_with(share * levels, key), levels)).astype(g.dtype)
 
     def update(
         updates: Any, state: QuantizeGradientsState, params: Any = None
